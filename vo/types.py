@@ -1,0 +1,238 @@
+"""The values that flow between stages: frozen, checked on construction, arrays read-only.
+
+Frames and units follow ARCHITECTURE.md: `p_a = T_a_b @ p_b`; camera x right, y down, z forward; pixel (0, 0) is
+the centre of the top-left pixel; radians, nanoseconds, and metres or the named relative scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frontends.base import VoError, WeightsError
+
+__all__ = [
+    "Camera",
+    "CameraModel",
+    "ConfigError",
+    "Frame",
+    "FrameTracks",
+    "PoseEstimate",
+    "Rejection",
+    "RelativePose",
+    "SourceError",
+    "Track",
+    "TrackingStatus",
+    "VoError",
+    "WeightsError",
+]
+
+FloatArray = NDArray[np.float64]
+
+
+class ConfigError(VoError):
+    """A configuration that cannot be used: names the file, the key path and what is valid there."""
+
+
+class SourceError(VoError):
+    """A source of frames that cannot be read: names the path and the remedy."""
+
+
+class CameraModel(Enum):
+    """How a ray becomes a pixel. `distortion` of a camera holds OpenCV's coefficients for its model."""
+
+    PINHOLE = "pinhole"
+    BROWN = "brown"
+    FISHEYE = "fisheye"
+
+
+class TrackingStatus(Enum):
+    """What the odometry can say about the current frame."""
+
+    INITIALIZING = "initializing"
+    TRACKING = "tracking"
+    LOST = "lost"
+    RELOCALIZED = "relocalized"
+
+
+class Rejection(Enum):
+    """Why a pose could not be estimated. An expected outcome in vision, hence a value and not an exception."""
+
+    TOO_FEW_MATCHES = "too_few_matches"
+    TOO_FEW_INLIERS = "too_few_inliers"
+    LOW_PARALLAX = "low_parallax"
+    PURE_ROTATION = "pure_rotation"
+    DEGENERATE = "degenerate"
+
+
+def _checked(name: str, array: NDArray[Any], shape: tuple[int | None, ...], dtype: type) -> None:
+    """Raise ValueError unless `array` has the dtype and shape (None: any length), then make it read-only."""
+    fits = array.ndim == len(shape) and all(
+        want is None or have == want for have, want in zip(array.shape, shape, strict=True)
+    )
+    if not fits or array.dtype != dtype:
+        expected = f"{tuple('*' if n is None else n for n in shape)} {np.dtype(dtype).name}"
+        raise ValueError(f"{name}: expected {expected}, got {array.shape} {array.dtype}")
+    array.setflags(write=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Camera:
+    """Intrinsics of one camera.
+
+    width, height  px.
+    K              (3, 3) float64, px.
+    distortion     (k,) float64, OpenCV's order for `model`; empty for a pinhole.
+    """
+
+    width: int
+    height: int
+    K: FloatArray
+    distortion: FloatArray = field(default_factory=lambda: np.zeros(0))
+    model: CameraModel = CameraModel.PINHOLE
+
+    def __post_init__(self) -> None:
+        _checked("K", self.K, (3, 3), np.float64)
+        _checked("distortion", self.distortion, (None,), np.float64)
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"width, height: expected positive, got {self.width} x {self.height}")
+        if self.K[0, 0] <= 0 or self.K[1, 1] <= 0:
+            raise ValueError(f"K: expected positive focal lengths, got {self.K[0, 0]}, {self.K[1, 1]}")
+
+    @property
+    def focal_px(self) -> float:
+        """Geometric mean of the two focal lengths, px."""
+        return float(np.sqrt(self.K[0, 0] * self.K[1, 1]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One image with its time.
+
+    index         0, 1, 2, ... as the source delivers them; a skipped image leaves a gap.
+    timestamp_ns  the sensor's clock; strictly rising within a source.
+    image         (H, W, 3) RGB or (H, W) gray, uint8.
+    depth         (H, W) float32 m, 0 where there is no reading; None where the source has none for this frame.
+    """
+
+    index: int
+    timestamp_ns: int
+    image: NDArray[np.uint8]
+    camera: Camera
+    depth: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        height, width = self.camera.height, self.camera.width
+        shape = (height, width) if self.image.ndim == 2 else (height, width, 3)
+        _checked("image", self.image, shape, np.uint8)
+        if self.depth is not None:
+            _checked("depth", self.depth, (height, width), np.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RelativePose:
+    """Pose of camera 1 in the frame of camera 0.
+
+    T_camera0_camera1  (4, 4) float64; unit translation unless `is_metric`.
+    inliers            (M,) bool over the matches it was estimated from.
+    parallax_rad       median angle between the two rays of an inlier, after removing the rotation.
+    covariance         (6, 6) float64 of the right perturbation (rho, phi): T exp(xi); translation in the unit of T.
+    """
+
+    T_camera0_camera1: FloatArray
+    inliers: NDArray[np.bool_]
+    parallax_rad: float
+    covariance: FloatArray
+    is_metric: bool = False
+
+    def __post_init__(self) -> None:
+        _checked("T_camera0_camera1", self.T_camera0_camera1, (4, 4), np.float64)
+        _checked("inliers", self.inliers, (None,), np.bool_)
+        _checked("covariance", self.covariance, (6, 6), np.float64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Track:
+    """One scene point followed over frames: a copy for readers, `TrackTable` owns the arrays.
+
+    frame_indices  (L,) int64, rising.
+    keypoints      (L, 2) float32 px.
+    p_world        (3,) float64 in the world frame and its scale, or None without a landmark.
+    """
+
+    track_id: int
+    frame_indices: NDArray[np.int64]
+    keypoints: NDArray[np.float32]
+    p_world: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        _checked("frame_indices", self.frame_indices, (None,), np.int64)
+        _checked("keypoints", self.keypoints, (len(self.frame_indices), 2), np.float32)
+        if self.p_world is not None:
+            _checked("p_world", self.p_world, (3,), np.float64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrameTracks:
+    """The tracks seen in one frame, as arrays: what the `tracks` topic carries.
+
+    track_ids     (N,) int64, unique, stable over frames.
+    keypoints     (N, 2) float32 px in this frame.
+    lengths       (N,) int32, frames the track has been seen in, this one included.
+    has_landmark  (N,) bool, whether the track has a triangulated point.
+    """
+
+    frame_index: int
+    timestamp_ns: int
+    track_ids: NDArray[np.int64]
+    keypoints: NDArray[np.float32]
+    lengths: NDArray[np.int32]
+    has_landmark: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        _checked("track_ids", self.track_ids, (None,), np.int64)
+        num_tracks = len(self.track_ids)
+        _checked("keypoints", self.keypoints, (num_tracks, 2), np.float32)
+        _checked("lengths", self.lengths, (num_tracks,), np.int32)
+        _checked("has_landmark", self.has_landmark, (num_tracks,), np.bool_)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PoseEstimate:
+    """What the odometry says about one frame; published at once and never revised.
+
+    T_world_camera  (4, 4) float64 in the frame of the first keyframe; None while LOST: nothing is made up.
+    covariance      (6, 6) float64 of the right perturbation (rho, phi), unit of `scale_source`; None without a pose.
+    status          INITIALIZING poses carry rotation only: the translation is held until there is parallax.
+    rejection       why this frame could not be posed, or why only its rotation could; None otherwise.
+    num_matches     matches to the previous frame.
+    num_inliers     matches that agree with the pose.
+    is_stationary   the image does not move: the pose is held.
+    segment_id      rises by one when tracking starts anew without a link to the map so far.
+    scale_source    "relative": the unit is that of the first landmarks; otherwise the named metric source.
+    """
+
+    frame_index: int
+    timestamp_ns: int
+    T_world_camera: FloatArray | None
+    status: TrackingStatus
+    covariance: FloatArray | None = None
+    rejection: Rejection | None = None
+    num_matches: int = 0
+    num_inliers: int = 0
+    is_keyframe: bool = False
+    is_stationary: bool = False
+    segment_id: int = 0
+    scale_source: str = "relative"
+
+    def __post_init__(self) -> None:
+        if self.T_world_camera is not None:
+            _checked("T_world_camera", self.T_world_camera, (4, 4), np.float64)
+        if self.covariance is not None:
+            _checked("covariance", self.covariance, (6, 6), np.float64)
+        if self.T_world_camera is None and self.status is not TrackingStatus.LOST:
+            raise ValueError(f"T_world_camera: a frame that is {self.status.value} must have a pose")
