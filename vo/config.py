@@ -29,3 +29,26 @@ class OdometryConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PublisherConfig:
+    """Poses and tracks on a socket of this machine (docs/PROTOCOL.md).
+
+    `endpoint` binds two ports: the one it names for messages, and the next one for snapshots. A queue of
+    `send_hwm` messages holds what a consumer has not taken yet, each consumer its own; a full one drops what is new.
+    """
+
+    endpoint: str = setting("tcp://127.0.0.1:5570", help='where to publish, "tcp://127.0.0.1:PORT" or "off"')
+    send_hwm: int = setting(2048, minimum=1, maximum=100_000, help="messages queued for a consumer that lags")
+    linger_ms: int = setting(
+        500, minimum=0, maximum=60_000, help="longest wait at the end for consumers to catch up, ms"
+    )
+    heartbeat_hz: float = setting(1.0, minimum=0.1, maximum=100.0, help="rate of the status topic, Hz")
+    publish_tracks: bool = setting(True, help="publish the tracks of every frame too")
+    max_snapshot_poses: int = setting(
+        100_000, minimum=1, maximum=10_000_000, help="latest poses kept for late joiners, about 1 kB each"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
