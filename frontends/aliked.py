@@ -1,0 +1,96 @@
+"""ALIKED keypoints and descriptors (Zhao et al., IEEE TIM 2023, arXiv 2304.03608) as an extractor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from frontends.aliked_detection import detect
+from frontends.aliked_network import ARCHITECTURES, STRIDE, load_network
+from frontends.base import Features, check_settings, resized_shape, setting, to_full_resolution
+
+
+@dataclass(frozen=True, slots=True)
+class AlikedConfig:
+    """ALIKED: which variant, how many keypoints, at which resolution and precision."""
+
+    name: Literal["aliked"] = "aliked"
+    variant: str = setting("t16", choices=tuple(ARCHITECTURES), help="t16 is the fastest, n32 the richest")
+    max_keypoints: int = setting(1024, minimum=1, maximum=16384, help="keypoints per image at most")
+    score_threshold: float | None = setting(
+        None, minimum=0.0, maximum=1.0, help="scores below are dropped; none keeps the strongest whatever they score"
+    )
+    max_side: int | None = setting(None, minimum=64, help="larger images are shrunk to this longer side, px")
+    precision: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="of the network's arithmetic")
+    weights: str | None = setting(None, help="file of weights; none takes those of the registry")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+class Aliked:
+    """Extracts ALIKED features; holds the network of one variant on one device.
+
+    Raises WeightsError when the state dict is not one of the configured variant.
+    """
+
+    def __init__(
+        self, config: AlikedConfig, state_dict: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.network = load_network(config.variant, state_dict).to(self.device)
+
+    @property
+    def kind(self) -> str:
+        return f"aliked-{self.config.variant}"
+
+    @property
+    def formulation(self) -> str:
+        """How the network is evaluated and at which precision, for the summary of a run."""
+        return "full-resolution maps, float32"
+
+    @torch.inference_mode()
+    def extract(self, image: NDArray[np.uint8]) -> Features:
+        """Features of one image (H, W, 3) RGB or (H, W) gray, uint8, best first by score at the peak.
+
+        Keypoints are px of `image`; rows beyond `num_valid` are zeros.
+        Raises ValueError when the image is not of such a shape and type, or too small.
+        """
+        full = check_image(image)
+        resized = resized_shape(*full, self.config.max_side)
+        if resized != full:
+            image = np.asarray(cv2.resize(image, resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(self.device).float() / 255
+        rgb = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
+        maps = self.network(rgb.unsqueeze(0))
+        found = detect(maps.score_map, self.config.max_keypoints, self.config.score_threshold)
+        descriptors = self.network.describe(maps.feature_map, found.keypoints)[0]
+        num_valid = int(found.num_valid[0])
+        is_valid = (torch.arange(len(descriptors), device=self.device) < num_valid).unsqueeze(1)
+        keypoints = to_full_resolution(found.keypoints[0], resized, full)
+        return Features(
+            keypoints=torch.where(is_valid, keypoints, 0.0),
+            scores=found.scores[0],
+            descriptors=torch.where(is_valid, descriptors, 0.0),
+            num_valid=num_valid,
+            image_size=full,
+            kind=self.kind,
+        )
+
+
+def check_image(image: NDArray[np.uint8]) -> tuple[int, int]:
+    """(width, height) px of an image an extractor accepts; raises ValueError for others."""
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise ValueError(f"image: expected (H, W, 3) or (H, W) uint8, got {image.shape} {image.dtype}")
+    height, width = image.shape[:2]
+    if min(height, width) < STRIDE:
+        raise ValueError(f"image: expected sides of at least {STRIDE} px, got {width}x{height}")
+    return width, height

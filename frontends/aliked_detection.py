@@ -1,0 +1,92 @@
+"""DKD, ALIKED's differentiable keypoint detection: maxima of a score map, refined below the pixel.
+
+Zhao et al., "ALIKE", IEEE TMM 2022, arXiv 2112.02906, section III-B; ALIKED (arXiv 2304.03608) uses it unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+RADIUS = 2  # px, of the suppression window, the soft-argmax window and the cleared border
+TEMPERATURE = 0.1  # of the soft-argmax
+EXTRA_ROUNDS = 2  # of suppression after the first
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Detections:
+    """K places per image, best first; the rows from num_valid on are padding at (0, 0) with score 0.
+
+    keypoints (B, K, 2) float32 px (x, y); scores (B, K) float32; num_valid (B,) int64.
+    """
+
+    keypoints: Tensor
+    scores: Tensor
+    num_valid: Tensor
+
+
+def window_maximum(maps: Tensor) -> Tensor:
+    """Maximum over the (2 RADIUS + 1)^2 window around each pixel of (B, 1, H, W); nothing counts outside the map."""
+    size = 2 * RADIUS + 1
+    rows = functional.max_pool2d(maps, (1, size), stride=1, padding=(0, RADIUS))
+    return functional.max_pool2d(rows, (size, 1), stride=1, padding=(RADIUS, 0))
+
+
+def suppress_non_maxima(score_map: Tensor) -> Tensor:
+    """(B, 1, H, W) scores with zeros everywhere but at maxima of their window.
+
+    After the first round, the windows of the maxima found are set aside and what is then largest in its own window is
+    taken too, EXTRA_ROUNDS times: weaker peaks on the flank of a strong one survive.
+    """
+    is_maximum = score_map == window_maximum(score_map)
+    for _ in range(EXTRA_ROUNDS):
+        is_suppressed = window_maximum(is_maximum.to(score_map.dtype)) > 0
+        remaining = score_map.masked_fill(is_suppressed, 0.0)
+        is_maximum = is_maximum | ((remaining == window_maximum(remaining)) & ~is_suppressed)
+    return score_map * is_maximum
+
+
+def clear_border(score_map: Tensor) -> Tensor:
+    """Zeros within RADIUS px of the border, where the soft-argmax window would leave the map."""
+    inner = score_map[..., RADIUS:-RADIUS, RADIUS:-RADIUS]
+    return functional.pad(inner, (RADIUS, RADIUS, RADIUS, RADIUS))
+
+
+def detect(score_map: Tensor, max_keypoints: int, score_threshold: float | None) -> Detections:
+    """The `max_keypoints` strongest peaks of each (B, 1, H, W) score map, those above the threshold if there is one.
+
+    Differentiable with respect to the score map through the sub-pixel places and the scores read there.
+    """
+    width = score_map.shape[3]
+    peaks = clear_border(suppress_non_maxima(score_map.detach())).flatten(1)
+    peaks = functional.pad(peaks, (0, max(0, max_keypoints - peaks.shape[1])))
+    peak_scores, indices = peaks.topk(max_keypoints)
+    is_valid = peak_scores > (score_threshold or 0.0)
+    # Padding rows refine the pixel at the first place that has a whole window, so that no row reads outside the map.
+    indices = torch.where(is_valid, indices, RADIUS * width + RADIUS)
+    keypoints = refine(score_map, indices)
+    scores = sample_scores(score_map, keypoints)
+    keypoints = torch.where(is_valid.unsqueeze(-1), keypoints, 0.0)
+    return Detections(keypoints, torch.where(is_valid, scores, 0.0), is_valid.sum(1))
+
+
+def refine(score_map: Tensor, indices: Tensor) -> Tensor:
+    """Sub-pixel places (B, K, 2) px by soft-argmax around the flat indices (B, K); ALIKE equation 5."""
+    width = score_map.shape[3]
+    steps = torch.arange(-RADIUS, RADIUS + 1, device=score_map.device)
+    window = (steps.unsqueeze(1) * width + steps).flatten()
+    values = score_map.flatten(1).gather(1, (indices.unsqueeze(-1) + window).flatten(1))
+    weights = functional.softmax(values.view(*indices.shape, -1) / TEMPERATURE, dim=-1)
+    steps_xy = torch.stack((steps.repeat(len(steps)), steps.repeat_interleave(len(steps))), dim=-1)
+    pixels = torch.stack((indices % width, indices // width), dim=-1)
+    return pixels + weights @ steps_xy.to(weights.dtype)
+
+
+def sample_scores(score_map: Tensor, keypoints: Tensor) -> Tensor:
+    """Scores (B, K), bilinear at keypoints (B, K, 2) px of (B, 1, H, W)."""
+    height, width = score_map.shape[2:]
+    grid = keypoints * keypoints.new_tensor([2 / (width - 1), 2 / (height - 1)]) - 1
+    return functional.grid_sample(score_map, grid.unsqueeze(1), align_corners=True)[:, 0, 0]
