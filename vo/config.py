@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from frontends.base import check_settings, setting
 
@@ -52,3 +52,28 @@ class PublisherConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineConfig:
+    """Threads and the channels between them."""
+
+    threaded: bool = setting(True, help="one thread per stage; false runs the same stages in one loop")
+    policy: str = setting(
+        "auto",
+        choices=("auto", "lossless", "latest"),
+        help="a full channel makes the capture wait (lossless) or drops its oldest one (latest); auto: latest if live",
+    )
+    channel_capacity: int = setting(2, minimum=1, maximum=8, help="items a channel between two stages holds")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that can be set for a run."""
+
+    two_view: TwoViewConfig = field(default_factory=TwoViewConfig)
+    odometry: OdometryConfig = field(default_factory=OdometryConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
