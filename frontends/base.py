@@ -22,7 +22,7 @@ class WeightsError(VoError):
     """Weights that are missing, damaged, or made for another network."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Features:
     """Keypoints of one image, at a fixed capacity K of which the first `num_valid` rows count.
 
@@ -32,6 +32,8 @@ class Features:
     num_valid    number of leading rows that hold keypoints; what follows them is padding.
     image_size   (width, height) px of the full image.
     kind         what made them, for example "aliked-t16"; a matcher refuses kinds it was not made for.
+    scales       (K,) float32 px and
+    orientations (K,) float32 rad, for methods that have them (SIFT); None otherwise.
 
     Raises ValueError on shapes that do not agree.
     """
@@ -42,6 +44,8 @@ class Features:
     num_valid: int
     image_size: tuple[int, int]
     kind: str
+    scales: Tensor | None = None
+    orientations: Tensor | None = None
 
     def __post_init__(self) -> None:
         capacity = self.keypoints.shape[0]
@@ -49,6 +53,9 @@ class Features:
             raise ValueError(f"keypoints: expected (K, 2), got {tuple(self.keypoints.shape)}")
         if self.scores.shape != (capacity,):
             raise ValueError(f"scores: expected ({capacity},), got {tuple(self.scores.shape)}")
+        for name, values in (("scales", self.scales), ("orientations", self.orientations)):
+            if values is not None and values.shape != (capacity,):
+                raise ValueError(f"{name}: expected ({capacity},), got {tuple(values.shape)}")
         if self.descriptors.ndim != 2 or self.descriptors.shape[0] != capacity:
             raise ValueError(f"descriptors: expected ({capacity}, D), got {tuple(self.descriptors.shape)}")
         if not 0 <= self.num_valid <= capacity:

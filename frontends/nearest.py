@@ -1,0 +1,103 @@
+"""Mutual nearest neighbours: the matcher without weights, for float and for binary descriptors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from frontends.base import Features, Matches, check_settings, setting
+
+
+@dataclass(frozen=True, slots=True)
+class NearestConfig:
+    """Which mutual nearest neighbours count as matches."""
+
+    name: Literal["nearest"] = "nearest"
+    min_similarity: float = setting(
+        0.0, minimum=0.0, maximum=1.0, help="cosine, or share of equal bits of binary descriptors, to reach"
+    )
+    max_ratio: float | None = setting(
+        None, minimum=0.0, maximum=1.0, help="distance of the best over that of the second best, to stay below"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+class Nearest:
+    """Matches features that are each other's most similar one.
+
+    Similarity is the cosine of float descriptors of unit length, and the share of equal bits of binary (uint8) ones;
+    it is also the score of a match, cut off at 0. Among equally similar ones the first counts, so that exchanging
+    the two sides exchanges the columns of the result and nothing else.
+    """
+
+    def __init__(self, config: NearestConfig | None = None) -> None:
+        self.config = config or NearestConfig()
+
+    @torch.inference_mode()
+    def match(self, features0: Features, features1: Features) -> Matches:
+        """Matches in the order of features 0; the ratio test, if set, has to hold from both sides.
+
+        Raises ValueError for descriptors of different kinds or lengths.
+        """
+        descriptors0, descriptors1 = (f.descriptors[: f.num_valid] for f in (features0, features1))
+        if descriptors0.shape[1] != descriptors1.shape[1] or descriptors0.dtype != descriptors1.dtype:
+            raise ValueError(
+                f"descriptors: {features0.kind} {tuple(descriptors0.shape)} {descriptors0.dtype} cannot be compared "
+                f"with {features1.kind} {tuple(descriptors1.shape)} {descriptors1.dtype}"
+            )
+        counts = len(descriptors0), len(descriptors1)
+        indices, scores = self._indices(descriptors0, descriptors1.to(descriptors0.device))
+        return Matches(indices.cpu().numpy(), scores.cpu().numpy(), 0, *counts)
+
+    def _indices(self, descriptors0: Tensor, descriptors1: Tensor) -> tuple[Tensor, Tensor]:
+        if len(descriptors0) == 0 or len(descriptors1) == 0:
+            return descriptors0.new_zeros((0, 2), dtype=torch.int64), descriptors0.new_zeros(0, dtype=torch.float32)
+        is_binary = descriptors0.dtype == torch.uint8
+        vectors0, vectors1 = (signs(d) if is_binary else d for d in (descriptors0, descriptors1))
+        # Two products of the same numbers: reducing one product over its columns takes several times longer.
+        similarity0, best0, distinct0 = self._nearest(vectors0, vectors1, is_binary)
+        _, best1, distinct1 = self._nearest(vectors1, vectors0, is_binary)
+        rows = torch.arange(len(best0), device=best0.device)
+        accepted = (best1[best0] == rows) & distinct0 & distinct1[best0] & (similarity0 >= self.config.min_similarity)
+        rows = rows[accepted]
+        return torch.stack((rows, best0[rows]), dim=1), similarity0[rows].clamp(0.0, 1.0)
+
+    def _nearest(self, queries: Tensor, candidates: Tensor, is_binary: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every query: similarity and index of the most similar candidate, and whether the ratio test holds."""
+        products = queries @ candidates.T
+        best = products.max(dim=1)
+        similarity = _similarity(best.values, queries.shape[1], is_binary)
+        if self.config.max_ratio is None or len(candidates) == 1:
+            return similarity, best.indices, torch.ones_like(best.indices, dtype=torch.bool)
+        second = products.scatter_(1, best.indices[:, None], -torch.inf).amax(dim=1)
+        distances = (_distance(values, queries.shape[1], is_binary) for values in (best.values, second))
+        nearest, other = distances
+        return similarity, best.indices, nearest < self.config.max_ratio * other
+
+
+def signs(descriptors: Tensor) -> Tensor:
+    """Bits of (K, B) uint8 as (K, 8 B) of +1 and -1: the product of two such rows is 8 B - 2 Hamming.
+
+    bfloat16 holds every such product of up to 256 bits exactly, and its matrix product is several times faster on
+    machines that have one.
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=descriptors.device)
+    bits = (descriptors[:, :, None] >> shifts) & 1
+    dtype = torch.bfloat16 if 8 * descriptors.shape[1] <= 256 else torch.float32
+    return bits.flatten(1).to(dtype).mul_(2).sub_(1)
+
+
+def _similarity(products: Tensor, length: int, is_binary: bool) -> Tensor:
+    products = products.to(torch.float32)
+    return (products / length + 1) / 2 if is_binary else products
+
+
+def _distance(products: Tensor, length: int, is_binary: bool) -> Tensor:
+    """Hamming distance, or Euclidean distance of unit vectors."""
+    products = products.to(torch.float32)
+    return (length - products) / 2 if is_binary else (2 - 2 * products).clamp(min=0).sqrt()
