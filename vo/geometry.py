@@ -1,0 +1,550 @@
+"""Pure float64 functions on poses, rays and points: no state, no clock, no image.
+
+`p_a = T_a_b @ p_b`. A "ray" here is a pixel after undistortion, on the plane z = 1 of its camera: (N, 2) float64.
+Distances in px are distances on that plane times the focal length, so that thresholds keep their meaning.
+Poses are perturbed on the right, T exp(xi), xi = (rho, phi): translation first (Sola et al., "A micro Lie theory for
+state estimation in robotics", arXiv 1812.01537, section IV).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from vo.config import TwoViewConfig
+from vo.types import Camera, CameraModel, FloatArray, Rejection, RelativePose
+
+BoolArray = NDArray[np.bool_]
+
+_METHODS = {"usac_magsac": cv2.USAC_MAGSAC, "usac_accurate": cv2.USAC_ACCURATE, "ransac": cv2.RANSAC}
+
+
+# --- SE(3) ----------------------------------------------------------------------------------------------------------
+
+
+def skew(v: FloatArray) -> FloatArray:
+    """(..., 3) -> (..., 3, 3) with skew(v) @ w = v x w."""
+    matrix = np.zeros((*v.shape[:-1], 3, 3))
+    matrix[..., 0, 1], matrix[..., 0, 2], matrix[..., 1, 2] = -v[..., 2], v[..., 1], -v[..., 0]
+    matrix[..., 1, 0], matrix[..., 2, 0], matrix[..., 2, 1] = v[..., 2], -v[..., 1], v[..., 0]
+    return matrix
+
+
+def make_pose(R: FloatArray, t: FloatArray) -> FloatArray:
+    """(4, 4) from a (3, 3) rotation and a (3,) translation."""
+    T = np.eye(4)
+    T[:3, :3], T[:3, 3] = R, t
+    return T
+
+
+def invert_pose(T: FloatArray) -> FloatArray:
+    """(..., 4, 4) inverse of rigid transforms: T_a_b -> T_b_a."""
+    inverse = np.zeros_like(T)
+    R_transposed = np.swapaxes(T[..., :3, :3], -1, -2)
+    inverse[..., :3, :3] = R_transposed
+    inverse[..., :3, 3] = -(R_transposed @ T[..., :3, 3, None])[..., 0]
+    inverse[..., 3, 3] = 1.0
+    return inverse
+
+
+def transform(T_a_b: FloatArray, points_b: FloatArray) -> FloatArray:
+    """(N, 3) points in frame a from points in frame b."""
+    moved: FloatArray = points_b @ T_a_b[:3, :3].T + T_a_b[:3, 3]
+    return moved
+
+
+def exp_so3(phi: FloatArray) -> FloatArray:
+    """(3,) rotation vector, rad -> (3, 3)."""
+    matrix: FloatArray = Rotation.from_rotvec(phi).as_matrix()
+    return matrix
+
+
+def log_so3(R: FloatArray) -> FloatArray:
+    """(..., 3, 3) -> (..., 3) rotation vector, rad."""
+    vector: FloatArray = Rotation.from_matrix(R).as_rotvec()
+    return vector
+
+
+def rotation_angle(R: FloatArray) -> float:
+    """Angle of a (3, 3) rotation, rad."""
+    return float(np.linalg.norm(log_so3(R)))
+
+
+def _left_jacobian(phi: FloatArray) -> FloatArray:
+    """Left Jacobian of SO(3), by series near zero (Sola et al., equation 145)."""
+    angle_squared = float(phi @ phi)
+    K = skew(phi)
+    if angle_squared < 1e-8:
+        return np.eye(3) + K / 2 + K @ K / 6
+    angle = np.sqrt(angle_squared)
+    first = (1 - np.cos(angle)) / angle_squared
+    second = (angle - np.sin(angle)) / (angle_squared * angle)
+    jacobian: FloatArray = np.eye(3) + first * K + second * K @ K
+    return jacobian
+
+
+def exp_se3(xi: FloatArray) -> FloatArray:
+    """(6,) twist (rho, phi) -> (4, 4)."""
+    return make_pose(exp_so3(xi[3:]), _left_jacobian(xi[3:]) @ xi[:3])
+
+
+def log_se3(T: FloatArray) -> FloatArray:
+    """(4, 4) -> (6,) twist (rho, phi)."""
+    phi = log_so3(T[:3, :3])
+    return np.concatenate([np.linalg.solve(_left_jacobian(phi), T[:3, 3]), phi])
+
+
+def orthonormalized(T: FloatArray) -> FloatArray:
+    """(4, 4) with the rotation projected back to SO(3), against rounding after many products."""
+    U, _, Vt = np.linalg.svd(T[:3, :3])
+    R = U @ np.diag([1.0, 1.0, np.linalg.det(U @ Vt)]) @ Vt
+    return make_pose(R, T[:3, 3])
+
+
+def solve_symmetric(H: FloatArray, gradient: FloatArray) -> FloatArray:
+    """H^-1 gradient for a symmetric H, least squares where it is singular."""
+    return np.asarray(np.linalg.lstsq(H, gradient, rcond=None)[0], dtype=np.float64)
+
+
+# --- camera ---------------------------------------------------------------------------------------------------------
+
+
+def undistort(keypoints: NDArray[np.floating], camera: Camera) -> FloatArray:
+    """Rays (N, 2) of pixels (N, 2).
+
+    The inverse of a polynomial distortion is found by iteration: to about 1e-6 px inside the image.
+    """
+    pixels = np.ascontiguousarray(keypoints, dtype=np.float64)
+    if camera.model is CameraModel.PINHOLE or len(pixels) == 0:
+        return (pixels - camera.K[:2, 2]) / np.diag(camera.K)[:2]
+    K = np.ascontiguousarray(camera.K)
+    if camera.model is CameraModel.FISHEYE:
+        undistorted = cv2.fisheye.undistortPoints(pixels[:, None], K, np.ascontiguousarray(camera.distortion))
+    else:
+        criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 40, 1e-10)
+        distortion = np.ascontiguousarray(camera.distortion)
+        undistorted = cv2.undistortPoints(pixels[:, None], K, distortion, R=np.eye(3), P=np.eye(3), criteria=criteria)
+    return np.asarray(undistorted, dtype=np.float64).reshape(-1, 2)
+
+
+def project(points_camera: FloatArray, camera: Camera) -> FloatArray:
+    """Pixels (N, 2) of points (N, 3) in the camera frame, with distortion; NaN behind the camera."""
+    pixels = np.full((len(points_camera), 2), np.nan)
+    visible = points_camera[:, 2] > 0
+    points = np.ascontiguousarray(points_camera[visible])
+    if len(points) == 0:
+        return pixels
+    zero, K = np.zeros(3), np.ascontiguousarray(camera.K)
+    if camera.model is CameraModel.FISHEYE:
+        projected, _ = cv2.fisheye.projectPoints(points[:, None], zero, zero, K, camera.distortion)
+    else:
+        projected, _ = cv2.projectPoints(points, zero, zero, K, np.ascontiguousarray(camera.distortion))
+    pixels[visible] = np.asarray(projected).reshape(-1, 2)
+    return pixels
+
+
+def homogeneous(rays: FloatArray) -> FloatArray:
+    """(N, 2) -> (N, 3) with z = 1."""
+    return np.concatenate([rays, np.ones((len(rays), 1))], axis=1)
+
+
+# --- two views ------------------------------------------------------------------------------------------------------
+
+
+def essential_matrix(T_camera0_camera1: FloatArray) -> FloatArray:
+    """E with ray0^T E ray1 = 0."""
+    E: FloatArray = skew(T_camera0_camera1[:3, 3]) @ T_camera0_camera1[:3, :3]
+    return E
+
+
+def sampson_distance(E: FloatArray, rays0: FloatArray, rays1: FloatArray) -> FloatArray:
+    """Signed first-order distance (N,) of each match to the epipolar constraint, on the plane z = 1.
+
+    Hartley and Zisserman, Multiple View Geometry, 2nd edition, equation 11.9.
+    """
+    residual, gradient = _epipolar_residual(E, homogeneous(rays0), homogeneous(rays1))
+    distance: FloatArray = residual / gradient
+    return distance
+
+
+def _epipolar_residual(E: FloatArray, x0: FloatArray, x1: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """x0^T E x1 and the length of its gradient by the four ray coordinates; x0 and x1 are (N, 3)."""
+    lines0, lines1 = x1 @ E.T, x0 @ E
+    residual = np.einsum("ni,ni->n", x0, lines0)
+    gradient = np.sqrt((lines0[:, :2] ** 2).sum(1) + (lines1[:, :2] ** 2).sum(1))
+    return residual, np.maximum(gradient, 1e-12)
+
+
+def parallax(rays0: FloatArray, rays1: FloatArray, R_camera0_camera1: FloatArray) -> FloatArray:
+    """Angle (N,) in rad between the two rays of each match once the rotation is removed."""
+    return _angles_between(homogeneous(rays0), homogeneous(rays1) @ R_camera0_camera1.T)
+
+
+def ray_depths(T_camera0_camera1: FloatArray, rays0: FloatArray, rays1: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Depths (z) along both rays where they come closest, (N,) each, in the unit of the translation.
+
+    Solves depth0 x0 - depth1 R x1 = t in least squares; parallel rays give huge values, not an error.
+    """
+    x0 = homogeneous(rays0)
+    x1 = homogeneous(rays1) @ T_camera0_camera1[:3, :3].T
+    return _closest_depths(x0, x1, np.broadcast_to(T_camera0_camera1[:3, 3], x0.shape))
+
+
+def _closest_depths(
+    directions0: FloatArray, directions1: FloatArray, baselines: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Least-squares solution of depth0 directions0 - depth1 directions1 = baselines, row by row."""
+    a, c = (directions0**2).sum(1), (directions1**2).sum(1)
+    b = (directions0 * directions1).sum(1)
+    d, e = (directions0 * baselines).sum(1), (directions1 * baselines).sum(1)
+    determinant = np.maximum(a * c - b * b, 1e-18)
+    return (c * d - b * e) / determinant, (b * d - a * e) / determinant
+
+
+def _angles_between(directions0: FloatArray, directions1: FloatArray) -> FloatArray:
+    cross = np.linalg.norm(np.cross(directions0, directions1), axis=1)
+    angles: FloatArray = np.arctan2(cross, (directions0 * directions1).sum(1))
+    return angles
+
+
+def _best_decomposition(E: FloatArray, rays0: FloatArray, rays1: FloatArray) -> tuple[FloatArray, float]:
+    """The (4, 4) pose among the four of E that puts most points before both cameras, and their share."""
+    R_a, R_b, t = (np.asarray(part, dtype=np.float64) for part in cv2.decomposeEssentialMat(np.ascontiguousarray(E)))
+    best, best_share = np.eye(4), -1.0
+    for R in (R_a, R_b):
+        for sign in (1.0, -1.0):
+            T = make_pose(R, sign * t[:, 0])
+            depth0, depth1 = ray_depths(T, rays0, rays1)
+            share = float(np.mean((depth0 > 0) & (depth1 > 0)))
+            if share > best_share:
+                best, best_share = T, share
+    return best, best_share
+
+
+def _tangent_basis(direction: FloatArray) -> FloatArray:
+    """(3, 2) orthonormal basis of the plane orthogonal to a unit (3,) vector."""
+    U, _, _ = np.linalg.svd(direction[:, None])
+    basis: FloatArray = U[:, 1:]
+    return basis
+
+
+def refine_relative_pose(
+    T_camera0_camera1: FloatArray, rays0: FloatArray, rays1: FloatArray, scale: float, num_iterations: int = 10
+) -> tuple[FloatArray, FloatArray]:
+    """Minimises the Cauchy-weighted Sampson distance over rotation and direction of translation.
+
+    `scale` is the kernel's width on the plane z = 1. Returns the refined (4, 4) pose with unit translation, and the
+    (6, 6) covariance of its right perturbation, zero along the translation, which matches cannot see.
+    """
+    x0, x1 = homogeneous(rays0), homogeneous(rays1)
+    T = make_pose(T_camera0_camera1[:3, :3], T_camera0_camera1[:3, 3] / np.linalg.norm(T_camera0_camera1[:3, 3]))
+    for _ in range(num_iterations):
+        jacobian, residual, basis = _sampson_system(T, x0, x1)
+        weights = 1.0 / (1.0 + (residual / scale) ** 2)
+        H = (jacobian * weights[:, None]).T @ jacobian
+        step = -solve_symmetric(H, jacobian.T @ (weights * residual))
+        t = T[:3, 3] + T[:3, :3] @ basis @ step[:2]
+        T = make_pose(T[:3, :3] @ exp_so3(step[2:]), t / np.linalg.norm(t))
+        if np.linalg.norm(step) < 1e-10:
+            break
+    jacobian, residual, basis = _sampson_system(T, x0, x1)
+    weights = 1.0 / (1.0 + (residual / scale) ** 2)
+    variance = float(np.sum(weights * residual**2) / max(np.sum(weights) - 5.0, 1.0))
+    reduced = np.linalg.pinv((jacobian * weights[:, None]).T @ jacobian, hermitian=True) * variance
+    expand = np.zeros((6, 5))
+    expand[:3, :2], expand[3:, 2:] = basis, np.eye(3)
+    return T, expand @ reduced @ expand.T
+
+
+def _sampson_system(T: FloatArray, x0: FloatArray, x1: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Jacobian (N, 5) and residual (N,) of the Sampson distance, and the (3, 2) basis of translation steps.
+
+    Steps: two along the basis, in the frame of camera 1, then three of the right rotation.
+    """
+    R, t = T[:3, :3], T[:3, 3]
+    E, basis = essential_matrix(T), _tangent_basis(R.T @ t)
+    E_steps = np.concatenate([skew((R @ basis).T) @ R, E @ skew(np.eye(3))])
+    residual, gradient = _epipolar_residual(E, x0, x1)
+    lines0, lines1 = (x1 @ E.T)[:, :2], (x0 @ E)[:, :2]
+    lines0_steps, lines1_steps = x1 @ np.swapaxes(E_steps, 1, 2), x0 @ E_steps
+    residual_steps = np.einsum("ni,kni->nk", x0, lines0_steps)
+    squared_steps = np.einsum("ni,kni->nk", lines0, lines0_steps[..., :2])
+    squared_steps += np.einsum("ni,kni->nk", lines1, lines1_steps[..., :2])
+    jacobian = residual_steps / gradient[:, None] - squared_steps * (residual / gradient**3)[:, None]
+    return jacobian, residual / gradient, basis
+
+
+def estimate_relative_pose(
+    rays0: FloatArray, rays1: FloatArray, focal_px: float, config: TwoViewConfig
+) -> RelativePose | Rejection:
+    """Pose of camera 1 in camera 0 from matched rays (M, 2) each: five-point RANSAC, cheirality, refinement.
+
+    Rejects with TOO_FEW_MATCHES, TOO_FEW_INLIERS, LOW_PARALLAX (nothing moved), PURE_ROTATION (the rotation explains
+    the matches as well as any translation) or DEGENERATE (no consistent solution). Translation has unit length.
+    """
+    if len(rays0) < max(config.min_inliers, 6):
+        return Rejection.TOO_FEW_MATCHES
+    threshold = config.threshold_px / focal_px
+    E = _ransac_essential(rays0, rays1, threshold, config)
+    if E is None:
+        return Rejection.DEGENERATE
+    inliers = np.abs(sampson_distance(E, rays0, rays1)) < threshold
+    if inliers.sum() < config.min_inliers:
+        return Rejection.TOO_FEW_INLIERS
+    T, in_front = _best_decomposition(E, rays0[inliers], rays1[inliers])
+    T, covariance = refine_relative_pose(T, rays0[inliers], rays1[inliers], threshold)
+    inliers = np.abs(sampson_distance(essential_matrix(T), rays0, rays1)) < threshold
+    if inliers.sum() < config.min_inliers:
+        return Rejection.TOO_FEW_INLIERS
+    no_translation = _explained_by_rotation(rays0, rays1, inliers, threshold)
+    if no_translation is not None:
+        return no_translation
+    if in_front < 0.6:
+        return Rejection.DEGENERATE
+    angle = float(np.median(parallax(rays0[inliers], rays1[inliers], T[:3, :3])))
+    return RelativePose(T, inliers, angle, covariance)
+
+
+def _ransac_essential(
+    rays0: FloatArray, rays1: FloatArray, threshold: float, config: TwoViewConfig
+) -> FloatArray | None:
+    """E with ray0^T E ray1 = 0, or None. Given (1, 0), OpenCV's convention yields that order without an inversion."""
+    E, _ = cv2.findEssentialMat(
+        np.ascontiguousarray(rays1),
+        np.ascontiguousarray(rays0),
+        np.eye(3),
+        method=_METHODS[config.method],
+        prob=config.confidence,
+        threshold=threshold,
+        maxIters=config.max_iterations,
+    )
+    if E is None or E.shape[0] < 3 or not np.isfinite(E).all():
+        return None
+    # Several solutions may come stacked: the one with most inliers is meant.
+    candidates = [np.array(E[i : i + 3], dtype=np.float64) for i in range(0, E.shape[0] - 2, 3)]
+    return max(candidates, key=lambda c: int((np.abs(sampson_distance(c, rays0, rays1)) < threshold).sum()))
+
+
+def _explained_by_rotation(
+    rays0: FloatArray, rays1: FloatArray, inliers: BoolArray, threshold: float
+) -> Rejection | None:
+    """LOW_PARALLAX or PURE_ROTATION if a rotation alone fits nearly all that the essential matrix fits.
+
+    A rotation leaves a two-dimensional residual, so its gate is wider by sqrt(2) than the line distance's.
+    """
+    R = fit_rotation(rays0[inliers], rays1[inliers], threshold)
+    angles = parallax(rays0[inliers], rays1[inliers], R)
+    if np.mean(angles < 1.5 * threshold) < 0.9:
+        return None
+    still = rotation_angle(R) < threshold
+    return Rejection.LOW_PARALLAX if still else Rejection.PURE_ROTATION
+
+
+def fit_rotation(rays0: FloatArray, rays1: FloatArray, scale: float, num_iterations: int = 8) -> FloatArray:
+    """R_camera0_camera1 (3, 3) that aligns the bearings: Kabsch, reweighted with a Cauchy kernel of width `scale`."""
+    x0, x1 = homogeneous(rays0), homogeneous(rays1)
+    x0 /= np.linalg.norm(x0, axis=1, keepdims=True)
+    x1 /= np.linalg.norm(x1, axis=1, keepdims=True)
+    weights = np.ones(len(x0))
+    R = np.eye(3)
+    for _ in range(num_iterations):
+        U, _, Vt = np.linalg.svd((x0 * weights[:, None]).T @ x1)
+        R = U @ np.diag([1.0, 1.0, np.linalg.det(U @ Vt)]) @ Vt
+        weights = 1.0 / (1.0 + (np.linalg.norm(x0 - x1 @ R.T, axis=1) / scale) ** 2)
+    return R
+
+
+# --- landmarks ------------------------------------------------------------------------------------------------------
+
+
+def triangulate(
+    T_world_camera0: FloatArray, T_world_camera1: FloatArray, rays0: FloatArray, rays1: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Points (N, 3) in the world midway between the closest points of two rays, and the angle (N,) rad between them.
+
+    The poses may be (4, 4) or (N, 4, 4), one for each ray. Parallel rays give far points, not an error; a point behind
+    a camera is for the caller to find by reprojecting it.
+    """
+    directions0 = np.einsum("...ij,...j->...i", T_world_camera0[..., :3, :3], homogeneous(rays0))
+    directions1 = np.einsum("...ij,...j->...i", T_world_camera1[..., :3, :3], homogeneous(rays1))
+    centres0 = np.broadcast_to(T_world_camera0[..., :3, 3], directions0.shape)
+    centres1 = np.broadcast_to(T_world_camera1[..., :3, 3], directions1.shape)
+    depth0, depth1 = _closest_depths(directions0, directions1, centres1 - centres0)
+    points0 = centres0 + directions0 * depth0[:, None]
+    points1 = centres1 + directions1 * depth1[:, None]
+    return (points0 + points1) / 2, _angles_between(directions0, directions1)
+
+
+def reproject(T_world_camera: FloatArray, points_world: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Rays (N, 2) and depths (N,) of world points (N, 3); rays are meaningless where the depth is not positive."""
+    points = transform(invert_pose(T_world_camera), points_world)
+    depth = points[:, 2]
+    rays: FloatArray = points[:, :2] / np.where(np.abs(depth) < 1e-9, 1e-9, depth)[:, None]
+    return rays, depth
+
+
+def reproject_each(T_world_camera: FloatArray, points_world: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """As `reproject`, with a pose (N, 4, 4) for each point."""
+    offsets = points_world - T_world_camera[:, :3, 3]
+    points = np.einsum("nji,nj->ni", T_world_camera[:, :3, :3], offsets)
+    depth = points[:, 2]
+    rays: FloatArray = points[:, :2] / np.where(np.abs(depth) < 1e-9, 1e-9, depth)[:, None]
+    return rays, depth
+
+
+def reprojection_jacobians(T_world_camera: FloatArray, points_world: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Derivatives (N, 2, 6) by the right perturbation of the pose and (N, 2, 3) by the point, of `reproject`'s rays.
+
+    T_world_camera may be (4, 4) or (N, 4, 4).
+    """
+    T_camera_world = np.broadcast_to(invert_pose(T_world_camera), (len(points_world), 4, 4))
+    R = T_camera_world[:, :3, :3]
+    x, y, z = (np.einsum("nij,nj->ni", R, points_world) + T_camera_world[:, :3, 3]).T
+    inverse_depth = 1.0 / np.where(np.abs(z) < 1e-9, 1e-9, z)
+    u, v = x * inverse_depth, y * inverse_depth
+    zero = np.zeros_like(u)
+    by_camera_point = np.stack(
+        [
+            np.stack([inverse_depth, zero, -u * inverse_depth], -1),
+            np.stack([zero, inverse_depth, -v * inverse_depth], -1),
+        ],
+        axis=1,
+    )
+    by_rotation = np.stack(
+        [np.stack([u * v, -1.0 - u * u, v], -1), np.stack([1.0 + v * v, -u * v, -u], -1)],
+        axis=1,
+    )
+    by_pose = np.concatenate([-by_camera_point, by_rotation], axis=2)
+    return by_pose, by_camera_point @ R
+
+
+def translation_scale(T_camera0_camera1: FloatArray, points_camera0: FloatArray, rays1: FloatArray) -> float | None:
+    """Length of the translation of a pose known up to scale, from landmarks (N, 3) in camera 0 seen again in camera 1.
+
+    Each landmark votes with the length that puts it closest to its ray, weighted by how far a unit of translation moves
+    it in the image; the weighted median is returned, None if no landmark moves at all.
+    """
+    x1 = homogeneous(rays1)
+    R, t = T_camera0_camera1[:3, :3], T_camera0_camera1[:3, 3]
+    fixed = np.cross(x1, points_camera0 @ R)
+    moving = np.cross(x1, np.broadcast_to(t @ R, x1.shape))
+    leverage = (moving**2).sum(1)
+    weights = np.sqrt(leverage) / np.maximum(points_camera0[:, 2], 1e-9)
+    usable = (leverage > 1e-12) & (points_camera0[:, 2] > 0)
+    if not usable.any():
+        return None
+    votes = (fixed[usable] * moving[usable]).sum(1) / leverage[usable]
+    order = np.argsort(votes, kind="stable")
+    cumulative = np.cumsum(weights[usable][order])
+    return float(votes[order][np.searchsorted(cumulative, cumulative[-1] / 2)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AbsolutePose:
+    """A camera posed against landmarks.
+
+    T_world_camera (4, 4); covariance (6, 6) of its right perturbation; inliers (N,) bool; sigma_px: the residuals'
+    robust standard deviation along one axis.
+    """
+
+    T_world_camera: FloatArray
+    covariance: FloatArray
+    inliers: BoolArray
+    sigma_px: float
+
+
+def refine_absolute_pose(
+    T_world_camera: FloatArray,
+    points_world: FloatArray,
+    rays: FloatArray,
+    focal_px: float,
+    threshold_px: float,
+    num_iterations: int = 15,
+) -> AbsolutePose:
+    """Minimises the reprojection error over the pose alone, with a Cauchy kernel of width `threshold_px` / 2.
+
+    Levenberg-Marquardt from the given pose; inliers lie before the camera and within `threshold_px`.
+    """
+    kernel_px = threshold_px / 2
+    T, damping = T_world_camera, 1e-4
+    cost = _reprojection_cost(T, points_world, rays, focal_px, kernel_px)
+    for _ in range(num_iterations):
+        H, gradient = _pose_system(T, points_world, rays, focal_px, kernel_px)
+        step = -solve_symmetric(H + damping * np.diag(np.diag(H)), gradient)
+        candidate = T @ exp_se3(step)
+        candidate_cost = _reprojection_cost(candidate, points_world, rays, focal_px, kernel_px)
+        if candidate_cost < cost:
+            converged = cost - candidate_cost < 1e-7 * cost
+            T, cost, damping = candidate, candidate_cost, max(damping / 10, 1e-9)
+            if converged:
+                break
+        else:
+            damping *= 10
+            if damping > 1e6:
+                break
+    return _as_absolute_pose(orthonormalized(T), points_world, rays, focal_px, threshold_px)
+
+
+def _reprojection_cost(
+    T: FloatArray, points_world: FloatArray, rays: FloatArray, focal_px: float, kernel_px: float
+) -> float:
+    projected, depth = reproject(T, points_world)
+    squared = (((projected - rays) * focal_px) ** 2).sum(1)
+    squared = np.where(depth > 0, squared, 1e6)
+    return float(np.log1p(squared / kernel_px**2).sum())
+
+
+def _pose_system(
+    T: FloatArray, points_world: FloatArray, rays: FloatArray, focal_px: float, kernel_px: float
+) -> tuple[FloatArray, FloatArray]:
+    """Gauss-Newton Hessian (6, 6) and gradient (6,) of the Cauchy-weighted reprojection error in px."""
+    projected, depth = reproject(T, points_world)
+    residual = (projected - rays) * focal_px
+    weights = 1.0 / (1.0 + (residual**2).sum(1) / kernel_px**2) * (depth > 0)
+    jacobian = reprojection_jacobians(T, points_world)[0] * focal_px
+    weighted = jacobian * weights[:, None, None]
+    return np.einsum("nij,nik->jk", weighted, jacobian), np.einsum("nij,ni->j", weighted, residual)
+
+
+def _as_absolute_pose(
+    T: FloatArray, points_world: FloatArray, rays: FloatArray, focal_px: float, threshold_px: float
+) -> AbsolutePose:
+    projected, depth = reproject(T, points_world)
+    error = np.linalg.norm((projected - rays) * focal_px, axis=1)
+    inliers = (error < threshold_px) & (depth > 0)
+    if inliers.sum() < 3:
+        return AbsolutePose(T, np.full((6, 6), np.inf), inliers, float("inf"))
+    # The median of a Rayleigh distributed length is 1.177 sigma.
+    sigma_px = max(float(np.median(error[inliers])) / 1.177, 1e-6)
+    jacobian = reprojection_jacobians(T, points_world[inliers])[0].reshape(-1, 6) * focal_px
+    information = np.asarray(jacobian.T @ jacobian, dtype=np.float64)
+    covariance = np.asarray(np.linalg.pinv(information, hermitian=True), dtype=np.float64) * sigma_px**2
+    return AbsolutePose(T, covariance, inliers, sigma_px)
+
+
+def estimate_absolute_pose(
+    points_world: FloatArray, rays: FloatArray, focal_px: float, threshold_px: float, min_inliers: int
+) -> AbsolutePose | Rejection:
+    """Camera pose from landmarks (N, 3) and their rays (N, 2) without a first guess: P3P RANSAC, then refinement."""
+    if len(points_world) < max(min_inliers, 6):
+        return Rejection.TOO_FEW_MATCHES
+    found, rotation_vector, translation, _ = cv2.solvePnPRansac(
+        np.ascontiguousarray(points_world),
+        np.ascontiguousarray(rays),
+        np.eye(3),
+        None,
+        iterationsCount=500,
+        reprojectionError=threshold_px / focal_px,
+        confidence=0.999,
+        flags=cv2.SOLVEPNP_SQPNP,
+    )
+    if not found:
+        return Rejection.TOO_FEW_INLIERS
+    rotation_vector, translation = (np.asarray(v, dtype=np.float64).ravel() for v in (rotation_vector, translation))
+    T_camera_world = make_pose(exp_so3(rotation_vector), translation)
+    pose = refine_absolute_pose(invert_pose(T_camera_world), points_world, rays, focal_px, threshold_px)
+    return pose if pose.inliers.sum() >= min_inliers else Rejection.TOO_FEW_INLIERS
