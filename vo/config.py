@@ -25,7 +25,23 @@ class TwoViewConfig:
 class OdometryConfig:
     """Tracking, landmarks and the window."""
 
-    min_matches: int = setting(25, minimum=8, help="fewer matches to the previous frame are a rejection")
+    min_matches: int = setting(30, minimum=8, help="fewer matches to the previous frame and the frame is lost")
+    min_inliers: int = setting(15, minimum=6, help="fewer landmarks that agree with a pose are a rejection")
+    min_inlier_ratio: float = setting(0.4, minimum=0.0, maximum=1.0, help="of the landmarks in view, for a pose")
+    stationary_px: float = setting(0.5, minimum=0.0, help="median motion of the image below which the pose is held, px")
+    pose_threshold_px: float = setting(3.0, minimum=0.1, help="reprojection error of an inlier landmark, px")
+    init_parallax_deg: float = setting(0.4, minimum=0.05, maximum=20.0, help="median parallax to start a map, deg")
+    init_landmarks: int = setting(40, minimum=10, help="landmarks needed to start a map")
+    triangulation_parallax_deg: float = setting(0.5, minimum=0.02, maximum=20.0, help="of a new landmark, deg")
+    triangulation_error_px: float = setting(2.0, minimum=0.1, help="reprojection error of a new landmark, px")
+    keyframe_motion_px: float = setting(15.0, minimum=0.0, help="median image motion that makes a keyframe, px")
+    keyframe_landmark_ratio: float = setting(0.8, minimum=0.0, maximum=1.0, help="share still seen that makes one")
+    window_size: int = setting(10, minimum=3, maximum=40, help="keyframes refined together")
+    window_fixed: int = setting(2, minimum=2, maximum=10, help="oldest keyframes that hold the gauge")
+    window_iterations: int = setting(6, minimum=1, maximum=50, help="steps of the bundle adjustment")
+    window_kernel_px: float = setting(1.0, minimum=0.1, help="width of the Cauchy kernel, px")
+    recovery_keyframes: int = setting(4, minimum=1, maximum=20, help="keyframes tried to find a lost camera again")
+    max_lost_frames: int = setting(30, minimum=1, help="lost frames after which a new segment begins")
 
     def __post_init__(self) -> None:
         check_settings(self)
