@@ -6,12 +6,14 @@ Nothing here knows a camera, a clock or a pose: an image goes in, keypoints and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # programs that only read poses import this module for its errors, and torch takes seconds
+    import torch
+    from torch import Tensor
 
 
 class VoError(Exception):
