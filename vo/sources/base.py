@@ -12,11 +12,15 @@ from vo.types import Camera, Frame
 
 @dataclass(frozen=True, slots=True)
 class SkippedFrame:
-    """A frame that could not be read and was left out: its index, what it was, and why."""
+    """What could not be read: the frame's index, the file, and why.
+
+    is_kept  the frame itself was delivered; only its depth image was left out.
+    """
 
     index: int
     name: str
     reason: str
+    is_kept: bool = False
 
 
 class Source(Protocol):

@@ -1,0 +1,126 @@
+"""Frames that lie on disk as one image file each: what every dataset becomes once its own files are read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vo.sources.base import SkippedFrame
+from vo.sources.decode import UnreadableImageError, read_depth, read_image
+from vo.types import Camera, Frame, SourceError
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """Where one frame lies and when it was taken; `depth` is the file of its depth image, if it has one."""
+
+    timestamp_ns: int
+    image: Path
+    depth: Path | None = None
+
+
+class ImageSequence:
+    """A source over image files; see `vo.sources.base.Source` for the attributes."""
+
+    is_live = False
+
+    def __init__(
+        self,
+        name: str,
+        camera: Camera,
+        entries: Sequence[ImageEntry],
+        *,
+        depth_scale: float = 5000.0,
+        ground_truth: Path | None = None,
+    ) -> None:
+        """`depth_scale` is in units of the depth images per metre."""
+        self.name = name
+        self.camera = camera
+        self.ground_truth = ground_truth
+        self.num_frames = len(entries)
+        self._entries = tuple(entries)
+        self._depth_scale = depth_scale
+        self._skipped: list[SkippedFrame] = []
+        self._is_closed = threading.Event()
+
+    @property
+    def skipped(self) -> Sequence[SkippedFrame]:
+        return tuple(self._skipped)
+
+    def frames(self) -> Iterator[Frame]:
+        """Yields every readable frame; raises SourceError on a change of size or where no image can be read."""
+        last_ns = -1
+        for index, entry in enumerate(self._entries):
+            if self._is_closed.is_set():
+                return
+            if entry.timestamp_ns <= last_ns:
+                self._skip(index, entry.image, f"timestamp {entry.timestamp_ns} ns does not rise above {last_ns} ns")
+                continue
+            frame = self._read(index, entry)
+            if frame is not None:
+                last_ns = entry.timestamp_ns
+                yield frame
+        if last_ns < 0:
+            raise SourceError(nothing_readable(self.name, self._skipped))
+
+    def close(self) -> None:
+        self._is_closed.set()
+
+    def _read(self, index: int, entry: ImageEntry) -> Frame | None:
+        try:
+            image = read_image(entry.image)
+        except UnreadableImageError as error:
+            self._skip(index, entry.image, str(error))
+            return None
+        check_size(image.shape, self.camera, str(entry.image))
+        return Frame(index, entry.timestamp_ns, image, self.camera, self._read_depth(index, entry.depth))
+
+    def _read_depth(self, index: int, path: Path | None) -> NDArray[np.float32] | None:
+        if path is None:
+            return None
+        try:
+            depth = read_depth(path, self._depth_scale)
+        except UnreadableImageError as error:
+            self._skipped.append(SkippedFrame(index, path.name, f"frame kept without depth: {error}", is_kept=True))
+            return None
+        check_size(depth.shape, self.camera, str(path))
+        return depth
+
+    def _skip(self, index: int, path: Path, reason: str) -> None:
+        self._skipped.append(SkippedFrame(index, path.name, reason))
+
+
+def image_size(name: str, paths: Sequence[Path]) -> tuple[int, int]:
+    """(width, height) px of the first image that can be read; raises SourceError where none can."""
+    unreadable = []
+    for index, path in enumerate(paths):
+        try:
+            height, width = read_image(path).shape[:2]
+        except UnreadableImageError as error:
+            unreadable.append(SkippedFrame(index, path.name, str(error)))
+        else:
+            return width, height
+    raise SourceError(nothing_readable(name, unreadable))
+
+
+def check_size(shape: tuple[int, ...], camera: Camera, name: str) -> None:
+    """Raise SourceError unless an image of this (H, W, ...) is of the camera's size."""
+    height, width = shape[:2]
+    if (width, height) != (camera.width, camera.height):
+        raise SourceError(
+            f"{name}: {width}x{height} px, but the camera is {camera.width}x{camera.height} px; "
+            "all frames must have the size of the calibration: use matching images or another --camera file"
+        )
+
+
+def nothing_readable(name: str, skipped: Sequence[SkippedFrame]) -> str:
+    """The one line for a source of which no frame could be used."""
+    if not skipped:
+        return f"{name}: holds no frames"
+    first = skipped[0]
+    return f"{name}: none of {len(skipped)} images can be read (first: {first.name}: {first.reason})"
