@@ -1,0 +1,248 @@
+"""The stages of a run, in one thread each with bounded channels between them, or one after the other in a loop.
+
+capture -> extract -> track -> publish. Both ways call the same functions, so that they give the same trajectory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+from frontends.base import Features
+from vo.channel import Channel
+from vo.odometry import OdometryStep
+from vo.run_meter import RunMeter
+from vo.sources import Source
+from vo.types import Frame
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+# How long a stage may take to end once it is told to: one step of the slowest network on a slow machine.
+STOP_TIMEOUT_S = 60.0
+_POLL_S = 0.1
+# How long the capture may take to notice a stop by itself before its source is closed under it.
+_CLOSE_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Captured:
+    """A frame and when it was there to be taken, on the monotonic clock, ns."""
+
+    frame: Frame
+    captured_ns: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extracted:
+    """A frame with its features."""
+
+    captured: Captured
+    features: Features
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrameResult:
+    """What the sinks get: a frame, its features, and what the odometry made of them."""
+
+    captured: Captured
+    features: Features
+    step: OdometryStep
+
+
+Sink = Callable[[FrameResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StageOptions:
+    """How the stages are run.
+
+    drops_oldest  a slow run loses the frames that waited longest (a camera) instead of making the source wait (a file).
+    is_paced      frames of a file come at their own timestamps.
+    max_frames    the capture ends after so many; None: never.
+    """
+
+    is_threaded: bool = True
+    drops_oldest: bool = False
+    channel_capacity: int = 2
+    is_paced: bool = False
+    max_frames: int | None = None
+    stop_timeout_s: float = STOP_TIMEOUT_S
+
+
+class _StageThread(threading.Thread):
+    """A stage in its own thread: closes its channels when it ends, and carries what it raised to the main thread."""
+
+    def __init__(
+        self, name: str, work: Callable[[], None], takes_from: Channel[Any] | None, gives_to: Channel[Any] | None
+    ) -> None:
+        # Daemon: a stage that hangs in a driver must not keep the process from ending.
+        super().__init__(name=name, daemon=True)
+        self._work = work
+        self._takes_from = takes_from
+        self._gives_to = gives_to
+        self.failure: BaseException | None = None
+        self.failed_ns = 0
+
+    def run(self) -> None:
+        with ExitStack() as ending:
+            ending.push(self._carry)
+            if self._gives_to is not None:
+                ending.callback(self._gives_to.close)
+            if self._takes_from is not None:
+                ending.callback(self._takes_from.discard)
+            self._work()
+
+    def _carry(
+        self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.failure, self.failed_ns = failure, time.monotonic_ns()
+        return True
+
+
+class Stages:
+    """One run from a source to its sinks.
+
+    `extract` and `track` are called for every frame in order, each always from the same thread; so are the sinks.
+    `stop` ends the run early: the capture ends, frames still waiting are given up, tracked ones reach the sinks.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        extract: Callable[[Frame], Features],
+        track: Callable[[Frame, Features], OdometryStep],
+        sinks: Iterable[Sink],
+        meter: RunMeter,
+        stop: threading.Event,
+    ) -> None:
+        self._source = source
+        self._extract = extract
+        self._track = track
+        self._sinks = tuple(sinks)
+        self._meter = meter
+        self._stop = stop
+
+    def run(self, options: StageOptions) -> None:
+        """Runs to the end of the source, or to `stop`; raises what a stage raised once all stages have ended."""
+        self._meter.start()
+        try:
+            if options.is_threaded:
+                self._run_threads(options)
+            else:
+                self._run_loop(options)
+        finally:
+            self._meter.finish(self._source.skipped)
+            self._source.close()
+
+    def _run_loop(self, options: StageOptions) -> None:
+        for captured in self._captured(options):
+            self._deliver(self._tracked(self._extracted(captured)))
+
+    def _run_threads(self, options: StageOptions) -> None:
+        capacity = options.channel_capacity
+        frames: Channel[Captured] = Channel(capacity, drops_oldest=options.drops_oldest)
+        features: Channel[Extracted] = Channel(capacity)
+        results: Channel[FrameResult] = Channel(capacity)
+        threads = (
+            _StageThread("capture", lambda: self._pass_on(self._captured(options), _same, frames), None, frames),
+            _StageThread("extract", lambda: self._pass_on(frames, self._extracted, features), frames, features),
+            _StageThread("track", lambda: self._pass_on(features, self._tracked, results), features, results),
+            _StageThread("publish", lambda: self._deliver_all(results), results, None),
+        )
+        for thread in threads:
+            thread.start()
+        try:
+            self._wait(threads, options.stop_timeout_s)
+        except KeyboardInterrupt:
+            self._stop.set()
+            self._wait(threads, options.stop_timeout_s)
+            raise
+        finally:
+            self._meter.num_dropped = frames.num_dropped
+
+    def _pass_on(self, items: Iterable[Given], function: Callable[[Given], Made], output: Channel[Made]) -> None:
+        for item in items:
+            if self._stop.is_set() or not output.put(function(item)):
+                return
+
+    def _deliver_all(self, results: Iterable[FrameResult]) -> None:
+        for result in results:
+            self._deliver(result)
+
+    def _wait(self, threads: tuple[_StageThread, ...], stop_timeout_s: float) -> None:
+        """Waits for all threads; once the run is to end, for a limited time. Raises what the first one raised."""
+        ending_s = None
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(_POLL_S / len(threads))
+            if ending_s is None and (self._stop.is_set() or any(thread.failure for thread in threads)):
+                ending_s = time.monotonic()
+            if ending_s is None:
+                continue
+            waited_s = time.monotonic() - ending_s
+            if waited_s > _CLOSE_AFTER_S:
+                # A camera that delivers nothing would hold the capture for ever.
+                self._source.close()
+            if waited_s > stop_timeout_s:
+                break
+        self._raise_failure(threads, stop_timeout_s)
+
+    def _raise_failure(self, threads: tuple[_StageThread, ...], stop_timeout_s: float) -> None:
+        failures = sorted((thread for thread in threads if thread.failure), key=lambda thread: thread.failed_ns)
+        hanging = [thread.name for thread in threads if thread.is_alive()]
+        cause = failures[0].failure if failures else None
+        if hanging:
+            raise RuntimeError(f"stage {', '.join(hanging)} did not end within {stop_timeout_s:g} s") from cause
+        if cause is not None:
+            raise cause
+
+    def _captured(self, options: StageOptions) -> Iterator[Captured]:
+        """Frames with the time of their capture, until the source or the run ends."""
+        frames = self._source.frames()
+        first_ns = None
+        while not self._stop.is_set() and self._meter.num_read != options.max_frames:
+            start_ns = time.monotonic_ns()
+            frame = next(frames, None)
+            if frame is None:
+                return
+            now_ns = time.monotonic_ns()
+            self._meter.add_stage("capture", now_ns - start_ns)
+            if options.is_paced:
+                if first_ns is None:
+                    first_ns = now_ns - frame.timestamp_ns
+                due_ns = first_ns + frame.timestamp_ns
+                if self._stop.wait(max(0, due_ns - now_ns) * 1e-9):
+                    return
+                now_ns = due_ns
+            self._meter.num_read += 1
+            yield Captured(frame, now_ns)
+
+    def _extracted(self, captured: Captured) -> Extracted:
+        start_ns = time.monotonic_ns()
+        features = self._extract(captured.frame)
+        self._meter.add_stage("extract", time.monotonic_ns() - start_ns)
+        return Extracted(captured, features)
+
+    def _tracked(self, extracted: Extracted) -> FrameResult:
+        start_ns = time.monotonic_ns()
+        step = self._track(extracted.captured.frame, extracted.features)
+        self._meter.add_track(time.monotonic_ns() - start_ns)
+        return FrameResult(extracted.captured, extracted.features, step)
+
+    def _deliver(self, result: FrameResult) -> None:
+        start_ns = time.monotonic_ns()
+        for sink in self._sinks:
+            sink(result)
+        end_ns = time.monotonic_ns()
+        self._meter.add_stage("publish", end_ns - start_ns)
+        self._meter.add_frame(result.step, end_ns - result.captured.captured_ns)
+
+
+def _same(captured: Captured) -> Captured:
+    return captured
