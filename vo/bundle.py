@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vo.geometry import exp_se3, orthonormalized, reproject_each, reprojection_jacobians, solve_symmetric
+from vo.geometry import exp_se3, orthonormalized, reproject_each, skew, solve_symmetric
 from vo.types import FloatArray
 
 IntArray = NDArray[np.int64]
@@ -61,8 +61,20 @@ class WindowSolution:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Observations:
+    """What one keyframe sees: landmark numbers (n,), no number twice, and their rays (n, 2)."""
+
+    points: IntArray
+    rays: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _NormalEquations:
-    """Blocks of J^T W J and J^T W r: poses (F, 6, 6) and (F, 6), points (L, 3, 3) and (L, 3), coupling (F, 6, L, 3)."""
+    """Blocks of J^T W J and J^T W r for F free poses and L points.
+
+    poses (F, 6, 6), pose_gradients (F, 6), points (L, 3, 3), point_gradients (L, 3), and coupling (3, 6 F, L),
+    laid out for the products of the Schur complement.
+    """
 
     poses: FloatArray
     pose_gradients: FloatArray
@@ -116,52 +128,81 @@ def _cost(problem: WindowProblem, T: FloatArray, points: FloatArray, kernel_px: 
 
 
 def _linearize(problem: WindowProblem, T: FloatArray, points: FloatArray, kernel_px: float) -> _NormalEquations:
-    pose_index, point_index, num_fixed = problem.pose_index, problem.point_index, problem.num_fixed
-    observed_T, observed_points = T[pose_index], points[point_index]
-    rays, depth = reproject_each(observed_T, observed_points)
-    residual = (rays - problem.rays) * problem.focal_px
-    weights = (depth > 0) / (1.0 + (residual**2).sum(1) / kernel_px**2)
-    by_pose, by_point = reprojection_jacobians(observed_T, observed_points)
-    root = np.sqrt(weights)[:, None, None] * problem.focal_px
-    by_pose, by_point, residual = by_pose * root, by_point * root, residual * np.sqrt(weights)[:, None]
-
-    num_points, num_free = len(points), len(T) - num_fixed
-    point_blocks = _sum_by(np.einsum("oij,oik->ojk", by_point, by_point), point_index, num_points)
-    point_gradients = _sum_by(np.einsum("oij,oi->oj", by_point, residual), point_index, num_points)
-    free = pose_index >= num_fixed
-    row, by_pose, free_residual = pose_index[free] - num_fixed, by_pose[free], residual[free]
-    pose_blocks = _sum_by(np.einsum("oij,oik->ojk", by_pose, by_pose), row, num_free)
-    pose_gradients = _sum_by(np.einsum("oij,oi->oj", by_pose, free_residual), row, num_free)
-    coupling = np.zeros((num_free, 6, num_points, 3))
-    coupling[row, :, point_index[free]] = np.einsum("oij,oik->ojk", by_pose, by_point[free])
-    return _NormalEquations(pose_blocks, pose_gradients, point_blocks, point_gradients, coupling)
+    num_free, num_points = len(T) - problem.num_fixed, len(points)
+    equations = _NormalEquations(
+        np.zeros((num_free, 6, 6)),
+        np.zeros((num_free, 6)),
+        np.zeros((num_points, 3, 3)),
+        np.zeros((num_points, 3)),
+        np.zeros((3, 6 * num_free, num_points)),
+    )
+    for row in range(len(T)):
+        mine = problem.pose_index == row
+        seen = _Observations(problem.point_index[mine], problem.rays[mine])
+        _add_keyframe(equations, row - problem.num_fixed, T[row], points, seen, problem.focal_px, kernel_px)
+    return equations
 
 
-def _sum_by(values: FloatArray, index: IntArray, num_groups: int) -> FloatArray:
-    """Sums rows of (O, ...) that share an index into (num_groups, ...)."""
-    flat = values.reshape(len(values), -1)
-    sums = np.empty((num_groups, flat.shape[1]))
-    for column in range(flat.shape[1]):
-        sums[:, column] = np.bincount(index, flat[:, column], num_groups)
-    return sums.reshape(num_groups, *values.shape[1:])
+def _add_keyframe(
+    equations: _NormalEquations,
+    free_row: int,
+    T: FloatArray,
+    points: FloatArray,
+    seen: _Observations,
+    focal_px: float,
+    kernel_px: float,
+) -> None:
+    """Adds one keyframe's observations; `free_row` is negative for one that is fixed.
+
+    With A (2, 3) the derivative of a ray by the point in the camera frame, M = w A^T A carries everything: the point
+    sees R M R^T, the pose G^T M G with G = [-I, [p]x], and their coupling is G^T M R^T.
+    """
+    R = T[:3, :3]
+    p = (points[seen.points] - T[:3, 3]) @ R
+    inverse_depth = 1.0 / np.where(np.abs(p[:, 2]) < 1e-9, 1e-9, p[:, 2])
+    u, v = p[:, 0] * inverse_depth, p[:, 1] * inverse_depth
+    residual = (np.stack([u, v], axis=1) - seen.rays) * focal_px
+    weights = (p[:, 2] > 0) / (1.0 + (residual**2).sum(1) / kernel_px**2)
+
+    M = np.zeros((len(p), 3, 3))
+    M[:, 0, 0] = M[:, 1, 1] = weights * (focal_px * inverse_depth) ** 2
+    M[:, 0, 2] = M[:, 2, 0] = -M[:, 0, 0] * u
+    M[:, 1, 2] = M[:, 2, 1] = -M[:, 0, 0] * v
+    M[:, 2, 2] = M[:, 0, 0] * (u * u + v * v)
+    gradient = np.empty((len(p), 3))
+    gradient[:, :2] = residual * (weights * focal_px * inverse_depth)[:, None]
+    gradient[:, 2] = -(gradient[:, 0] * u + gradient[:, 1] * v)
+
+    M_to_point = (M.reshape(-1, 3) @ R.T).reshape(-1, 3, 3)
+    equations.points[seen.points] += R @ M_to_point
+    equations.point_gradients[seen.points] += gradient @ R.T
+    if free_row < 0:
+        return
+    cross = skew(p)
+    block = slice(6 * free_row, 6 * free_row + 6)
+    coupling = np.concatenate([-M_to_point, -(cross @ M_to_point)], axis=1)
+    equations.coupling[:, block, seen.points] = coupling.transpose(2, 1, 0)
+    M_cross = M @ cross
+    equations.poses[free_row, :3, :3] = M.sum(0)
+    equations.poses[free_row, :3, 3:] = -M_cross.sum(0)
+    equations.poses[free_row, 3:, :3] = -M_cross.sum(0).T
+    equations.poses[free_row, 3:, 3:] = -(cross @ M_cross).sum(0)
+    equations.pose_gradients[free_row, :3] = -gradient.sum(0)
+    equations.pose_gradients[free_row, 3:] = -np.cross(p, gradient).sum(0)
 
 
 def _solve_schur(equations: _NormalEquations, damping: float) -> tuple[FloatArray, FloatArray]:
     """Steps (F, 6) of the poses and (L, 3) of the points for Marquardt's scaled damping."""
-    num_free, num_points = len(equations.poses), len(equations.points)
-    point_blocks = _damped(equations.points, damping)
-    inverse = np.linalg.inv(point_blocks)
-    coupling = equations.coupling.reshape(num_free * 6, num_points * 3)
-    by_inverse = (equations.coupling.transpose(2, 0, 1, 3).reshape(num_points, num_free * 6, 3) @ inverse).transpose(
-        1, 0, 2
-    )
-    by_inverse = np.ascontiguousarray(by_inverse).reshape(num_free * 6, num_points * 3)
-    system = -(by_inverse @ coupling.T)
+    num_free = len(equations.poses)
+    inverse = np.linalg.inv(_damped(equations.points, damping))
+    coupling = equations.coupling
+    by_inverse = np.stack([sum(coupling[j] * inverse[:, j, k] for j in range(3)) for k in range(3)])
+    system = -sum(by_inverse[k] @ coupling[k].T for k in range(3))
     for row, block in enumerate(_damped(equations.poses, damping)):
         system[row * 6 : row * 6 + 6, row * 6 : row * 6 + 6] += block
-    right = equations.pose_gradients.ravel() - by_inverse @ equations.point_gradients.ravel()
-    pose_steps = -solve_symmetric(system, right)
-    remainder = equations.point_gradients + (coupling.T @ pose_steps).reshape(num_points, 3)
+    eliminated = sum(by_inverse[k] @ equations.point_gradients[:, k] for k in range(3))
+    pose_steps = -solve_symmetric(system, equations.pose_gradients.ravel() - eliminated)
+    remainder = equations.point_gradients + np.stack([pose_steps @ coupling[k] for k in range(3)], axis=1)
     point_steps = -(inverse @ remainder[:, :, None])[:, :, 0]
     return pose_steps.reshape(num_free, 6), point_steps
 
