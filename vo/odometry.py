@@ -1,0 +1,452 @@
+"""The state machine: one call per frame, features in, a pose and tracks out. No thread and no clock.
+
+INITIALIZING  tracks grow from the first keyframe until there is parallax; only the rotation is reported.
+TRACKING      matches extend tracks, landmarks give the pose and carry the scale; keyframes refine both in a window.
+LOST          no pose is reported; recent keyframes are searched, and after a while a new segment begins.
+RELOCALIZED   the first frame found again in the same map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frontends.base import Features, Matches
+from vo.config import OdometryConfig, TwoViewConfig
+from vo.geometry import (
+    AbsolutePose,
+    estimate_absolute_pose,
+    estimate_relative_pose,
+    fit_rotation,
+    invert_pose,
+    make_pose,
+    parallax,
+    ray_depths,
+    refine_absolute_pose,
+    reproject,
+    transform,
+    translation_scale,
+    undistort,
+)
+from vo.tracks import TrackTable
+from vo.types import Camera, FloatArray, Frame, FrameTracks, PoseEstimate, Rejection, RelativePose, TrackingStatus
+from vo.window import View, Window, shared_rows
+
+IntArray = NDArray[np.int64]
+MatchFunction = Callable[[Features, Features], Matches]
+
+# Pose uncertainty of a frame that is posed by rotation alone, or held: translation unknown in the map's own unit.
+_UNKNOWN_TRANSLATION = np.diag([1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OdometryStep:
+    """Everything one frame gave: its pose, its tracks, and the matches to the previous good frame if any were made."""
+
+    pose: PoseEstimate
+    tracks: FrameTracks
+    matches: Matches | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Motion:
+    """How the camera moved since the previous frame, up to scale: matches (M, 2) that agree, and the relative pose.
+
+    T_previous_current has unit translation, or none where `rejection` says why.
+    """
+
+    pairs: IntArray
+    T_previous_current: FloatArray
+    rejection: Rejection | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Posed:
+    """A frame's pose with the features (N,) that turned out not to belong to their track."""
+
+    pose: AbsolutePose
+    num_inliers: int
+    wrong_rows: IntArray
+
+
+class Odometry:
+    """Visual odometry of one camera.
+
+    match: called with the features of two frames, older first; decides nothing but correspondence.
+    """
+
+    def __init__(self, camera: Camera, config: OdometryConfig, two_view: TwoViewConfig, match: MatchFunction) -> None:
+        self._camera = camera
+        self._config = config
+        self._two_view = two_view
+        self._match = match
+        self._tracks = TrackTable()
+        self._window = Window(config, camera.focal_px)
+        self._status = TrackingStatus.INITIALIZING
+        self._previous: View | None = None
+        self._still_reference: View | None = None
+        self._last_motion = np.eye(4)
+        self._num_lost = 0
+        self._segment_id = 0
+        self._window_is_stale = False
+
+    @property
+    def tracks(self) -> TrackTable:
+        return self._tracks
+
+    @property
+    def keyframes(self) -> tuple[View, ...]:
+        """The window's keyframes, oldest first."""
+        return tuple(self._window.keyframes)
+
+    def step(self, frame: Frame, features: Features) -> OdometryStep:
+        """Poses the next frame. Expected failures come back as status and rejection, never as an exception."""
+        self._refine_window()
+        keypoints = features.valid_keypoints()
+        untracked = np.full(len(keypoints), -1, np.int64)
+        rays = undistort(keypoints, self._camera)
+        view = View(frame.index, frame.timestamp_ns, features, keypoints, rays, untracked, np.eye(4))
+        if self._previous is None:
+            return self._begin(view)
+        if len(keypoints) < self._config.min_matches:
+            return self._lose(view, None, Rejection.TOO_FEW_MATCHES)
+        matches = self._match(self._previous.features, features)
+        if len(matches) < self._config.min_matches:
+            return self._recover(view, matches, Rejection.TOO_FEW_MATCHES)
+        motion = self._relative_motion(view, matches)
+        view.track_ids[motion.pairs[:, 1]] = self._previous.track_ids[motion.pairs[:, 0]]
+        if self._status is TrackingStatus.INITIALIZING:
+            return self._initialize(view, matches, motion)
+        return self._follow(view, matches, motion)
+
+    # --- the first map ----------------------------------------------------------------------------------------------
+
+    def _begin(self, view: View) -> OdometryStep:
+        """Takes the first frame with enough keypoints as the world's frame."""
+        if len(view.keypoints) < self._config.min_matches:
+            return self._unposed(view, None, Rejection.TOO_FEW_MATCHES)
+        self._observe(view)
+        self._window.add(view, self._tracks)
+        self._previous = self._still_reference = view
+        self._status = TrackingStatus.INITIALIZING
+        self._num_lost = 0
+        return self._posed_step(view, None, is_keyframe=True, covariance=np.zeros((6, 6)))
+
+    def _initialize(self, view: View, matches: Matches, motion: _Motion) -> OdometryStep:
+        """Starts the map once the first keyframe and this frame see enough tracks under enough parallax."""
+        origin = self._window.keyframes[0]
+        rows0, rows1 = shared_rows(origin.track_ids, view.track_ids)
+        relative = estimate_relative_pose(origin.rays[rows0], view.rays[rows1], self._camera.focal_px, self._two_view)
+        if isinstance(relative, RelativePose) and relative.parallax_rad > np.deg2rad(self._config.init_parallax_deg):
+            step = self._try_first_map(view, matches, relative, rows0, rows1)
+            if step is not None:
+                return step
+        return self._await_parallax(view, matches, motion, relative, rows0, rows1)
+
+    def _try_first_map(
+        self, view: View, matches: Matches, relative: RelativePose, rows0: IntArray, rows1: IntArray
+    ) -> OdometryStep | None:
+        """The first landmarks, in units of their median depth; None if there are too few."""
+        origin = self._window.keyframes[0]
+        T, inliers = relative.T_camera0_camera1, relative.inliers
+        depths, _ = ray_depths(T, origin.rays[rows0[inliers]], view.rays[rows1[inliers]])
+        depths = depths[depths > 0]
+        if len(depths) < self._config.init_landmarks:
+            return None
+        unit = float(np.median(depths))
+        view.track_ids[rows1[~inliers]] = -1
+        view.T_world_camera = origin.T_world_camera @ make_pose(T[:3, :3], T[:3, 3] / unit)
+        self._observe(view)
+        self._window.add(view, self._tracks)
+        if self._tracks.num_landmarks < self._config.init_landmarks:
+            self._tracks.drop_landmarks(view.track_ids[self._tracks.landmarks(view.track_ids)[1]])
+            self._window.keyframes.pop()
+            self._previous = view
+            return self._posed_step(view, matches, rejection=Rejection.LOW_PARALLAX)
+        covariance = relative.covariance.copy()
+        covariance[:3] /= unit
+        covariance[:, :3] /= unit
+        self._status = TrackingStatus.TRACKING
+        self._accept(view, is_moving=True)
+        self._window_is_stale = True
+        num_inliers = int(inliers.sum())
+        return self._posed_step(view, matches, num_inliers=num_inliers, is_keyframe=True, covariance=covariance)
+
+    def _await_parallax(
+        self,
+        view: View,
+        matches: Matches,
+        motion: _Motion,
+        relative: RelativePose | Rejection,
+        rows0: IntArray,
+        rows1: IntArray,
+    ) -> OdometryStep:
+        """Reports the rotation and holds the translation; starts over where the first keyframe is out of sight."""
+        origin = self._window.keyframes[0]
+        rejection = Rejection.LOW_PARALLAX if isinstance(relative, RelativePose) else relative
+        is_stationary = self._is_still(view)
+        if is_stationary:
+            R = np.eye(3)
+        elif len(rows0) >= self._two_view.min_inliers:
+            R = fit_rotation(origin.rays[rows0], view.rays[rows1], self._two_view.threshold_px / self._camera.focal_px)
+        else:
+            R = (
+                invert_pose(origin.T_world_camera)[:3, :3]
+                @ self._previous_pose()[:3, :3]
+                @ motion.T_previous_current[:3, :3]
+            )
+        view.T_world_camera = origin.T_world_camera @ make_pose(R, np.zeros(3))
+        self._observe(view)
+        restart = len(rows0) < max(self._two_view.min_inliers, len(origin.keypoints) // 10)
+        if restart:
+            self._window.clear()
+            self._window.add(view, self._tracks)
+        self._accept(view, is_moving=not is_stationary)
+        return self._posed_step(
+            view,
+            matches,
+            num_inliers=len(motion.pairs),
+            is_keyframe=restart,
+            rejection=rejection,
+            is_stationary=is_stationary,
+            covariance=_UNKNOWN_TRANSLATION.copy(),
+        )
+
+    # --- tracking ---------------------------------------------------------------------------------------------------
+
+    def _relative_motion(self, view: View, matches: Matches) -> _Motion:
+        """Two-view geometry between the previous frame and this one; sorts out the matches that cannot be right."""
+        if self._previous is None:
+            raise ValueError("no previous frame")
+        rows0, rows1 = matches.indices[:, 0], matches.indices[:, 1]
+        rays0, rays1 = self._previous.rays[rows0], view.rays[rows1]
+        relative = estimate_relative_pose(rays0, rays1, self._camera.focal_px, self._two_view)
+        if isinstance(relative, RelativePose):
+            return _Motion(matches.indices[relative.inliers], relative.T_camera0_camera1, None)
+        threshold = self._two_view.threshold_px / self._camera.focal_px
+        R = fit_rotation(rays0, rays1, threshold)
+        keep = np.ones(len(rays0), np.bool_)
+        if relative in (Rejection.LOW_PARALLAX, Rejection.PURE_ROTATION):
+            keep = parallax(rays0, rays1, R) < 3 * threshold
+        return _Motion(matches.indices[keep], make_pose(R, np.zeros(3)), relative)
+
+    def _follow(self, view: View, matches: Matches, motion: _Motion) -> OdometryStep:
+        """Poses a frame against the landmarks its tracks carry."""
+        points, has_landmark = self._tracks.landmarks(view.track_ids)
+        rows = np.flatnonzero(has_landmark)
+        posed = self._pose_by_landmarks(view, motion, points[rows], rows)
+        if isinstance(posed, Rejection):
+            return self._recover(view, matches, posed)
+        view.T_world_camera = posed.pose.T_world_camera
+        view.track_ids[posed.wrong_rows] = -1
+        is_stationary = self._is_still(view)
+        if is_stationary and self._still_reference is not None:
+            view.T_world_camera = self._still_reference.T_world_camera
+        self._observe(view)
+        is_keyframe = not is_stationary and self._needs_keyframe(view, posed.num_inliers)
+        if is_keyframe:
+            self._window.add(view, self._tracks)
+            self._window_is_stale = True
+        self._accept(view, is_moving=not is_stationary)
+        self._status = TrackingStatus.TRACKING
+        return self._posed_step(
+            view,
+            matches,
+            num_inliers=posed.num_inliers,
+            is_keyframe=is_keyframe,
+            is_stationary=is_stationary,
+            covariance=posed.pose.covariance,
+        )
+
+    def _pose_by_landmarks(self, view: View, motion: _Motion, points: FloatArray, rows: IntArray) -> _Posed | Rejection:
+        """Refines the best of several guesses; without a good one, poses from scratch."""
+        rays, focal_px = view.rays[rows], self._camera.focal_px
+        threshold_px, min_inliers = self._config.pose_threshold_px, self._config.min_inliers
+        if len(rows) < min_inliers:
+            return Rejection.TOO_FEW_MATCHES
+        guesses = self._guesses(motion, points, rays)
+        guess = min(guesses, key=lambda T: _median_error(T, points, rays))
+        pose: AbsolutePose | Rejection = refine_absolute_pose(guess, points, rays, focal_px, threshold_px)
+        if not self._is_good(pose):
+            pose = estimate_absolute_pose(points, rays, focal_px, threshold_px, min_inliers)
+        if isinstance(pose, Rejection):
+            return pose
+        if not self._is_good(pose):
+            return Rejection.TOO_FEW_INLIERS
+        return _Posed(pose, int(pose.inliers.sum()), rows[~pose.inliers])
+
+    def _guesses(self, motion: _Motion, points: FloatArray, rays: FloatArray) -> list[FloatArray]:
+        """Constant velocity, the essential matrix with the landmarks' scale, and the rotation alone."""
+        T_world_previous = self._previous_pose()
+        T = motion.T_previous_current
+        guesses = [T_world_previous @ self._last_motion, T_world_previous @ make_pose(T[:3, :3], np.zeros(3))]
+        if motion.rejection is None:
+            scale = translation_scale(T, transform(invert_pose(T_world_previous), points), rays)
+            if scale is not None:
+                guesses.append(T_world_previous @ make_pose(T[:3, :3], T[:3, 3] * scale))
+        return guesses
+
+    def _is_good(self, pose: AbsolutePose | Rejection) -> bool:
+        if isinstance(pose, Rejection):
+            return False
+        num_inliers = int(pose.inliers.sum())
+        enough = max(self._config.min_inliers, self._config.min_inlier_ratio * len(pose.inliers))
+        return num_inliers >= enough
+
+    def _is_still(self, view: View) -> bool:
+        """Whether the image has not moved since the last frame that did, so that slow creeping still adds up."""
+        if self._still_reference is None:
+            return False
+        rows0, rows1 = shared_rows(self._still_reference.track_ids, view.track_ids)
+        if len(rows0) < self._config.min_matches:
+            return False
+        motion_px = np.linalg.norm(self._still_reference.keypoints[rows0] - view.keypoints[rows1], axis=1)
+        limit_px = self._config.stationary_px
+        return bool(np.median(motion_px) < limit_px and np.quantile(motion_px, 0.8) < 2 * limit_px)
+
+    def _needs_keyframe(self, view: View, num_inliers: int) -> bool:
+        newest = self._window.keyframes[-1]
+        rows0, rows1 = shared_rows(newest.track_ids, view.track_ids)
+        num_before = int(self._tracks.landmarks(newest.track_ids)[1].sum())
+        if len(rows0) < self._config.min_matches or num_inliers < self._config.keyframe_landmark_ratio * num_before:
+            return True
+        motion_px = np.linalg.norm(newest.keypoints[rows0] - view.keypoints[rows1], axis=1)
+        return bool(np.median(motion_px) > self._config.keyframe_motion_px)
+
+    def _refine_window(self) -> None:
+        """Bundle adjustment of the last keyframe's window, put off until its pose is out of the house."""
+        if not self._window_is_stale:
+            return
+        self._window_is_stale = False
+        self._window.refine(self._tracks)
+
+    # --- loss and recovery ------------------------------------------------------------------------------------------
+
+    def _recover(self, view: View, matches: Matches | None, rejection: Rejection) -> OdometryStep:
+        """Looks for the camera in the map of recent keyframes."""
+        if self._status is TrackingStatus.INITIALIZING:
+            return self._restart(view, matches, rejection)
+        for keyframe in self._window.keyframes[: -self._config.recovery_keyframes - 1 : -1]:
+            found = self._match(keyframe.features, view.features)
+            view.track_ids[:] = -1
+            view.track_ids[found.indices[:, 1]] = keyframe.track_ids[found.indices[:, 0]]
+            points, has_landmark = self._tracks.landmarks(view.track_ids)
+            rows = np.flatnonzero(has_landmark)
+            pose = estimate_absolute_pose(
+                points[rows],
+                view.rays[rows],
+                self._camera.focal_px,
+                self._config.pose_threshold_px,
+                2 * self._config.min_inliers,
+            )
+            if isinstance(pose, AbsolutePose):
+                return self._relocalize(view, found, pose, rows)
+        view.track_ids[:] = -1
+        return self._lose(view, matches, rejection)
+
+    def _relocalize(self, view: View, matches: Matches, pose: AbsolutePose, rows: IntArray) -> OdometryStep:
+        view.track_ids[rows[~pose.inliers]] = -1
+        view.T_world_camera = pose.T_world_camera
+        self._observe(view)
+        was_lost = self._status is TrackingStatus.LOST
+        self._accept(view, is_moving=True)
+        self._last_motion = np.eye(4)
+        self._window.add(view, self._tracks)
+        self._window_is_stale = True
+        self._status = TrackingStatus.RELOCALIZED if was_lost else TrackingStatus.TRACKING
+        num_inliers = int(pose.inliers.sum())
+        return self._posed_step(view, matches, num_inliers=num_inliers, is_keyframe=True, covariance=pose.covariance)
+
+    def _lose(self, view: View, matches: Matches | None, rejection: Rejection) -> OdometryStep:
+        self._num_lost += 1
+        if self._num_lost > self._config.max_lost_frames and len(view.keypoints) >= self._config.min_matches:
+            return self._restart(view, matches, rejection)
+        if self._status is TrackingStatus.INITIALIZING:
+            return self._unposed(view, matches, rejection)
+        self._status = TrackingStatus.LOST
+        return self._unposed(view, matches, rejection)
+
+    def _restart(self, view: View, matches: Matches | None, rejection: Rejection) -> OdometryStep:
+        """A new segment without a link to the map so far."""
+        self._segment_id += 1
+        self._window.clear()
+        self._window_is_stale = False
+        self._last_motion = np.eye(4)
+        view.T_world_camera = np.eye(4)
+        view.track_ids[:] = -1
+        step = self._begin(view)
+        return replace(step, pose=replace(step.pose, rejection=rejection), matches=matches)
+
+    # --- shared -----------------------------------------------------------------------------------------------------
+
+    def _previous_pose(self) -> FloatArray:
+        return np.eye(4) if self._previous is None else self._previous.T_world_camera
+
+    def _observe(self, view: View) -> None:
+        """Enters the frame into the track table; what has no track yet begins one."""
+        view.track_ids = self._tracks.observe(view.frame_index, view.track_ids, view.keypoints).copy()
+        previous_ids = np.zeros(0, np.int64) if self._previous is None else self._previous.track_ids
+        self._tracks.prune(np.concatenate([self._window.seen_ids(), previous_ids, view.track_ids]))
+
+    def _accept(self, view: View, is_moving: bool) -> None:
+        """Makes the frame the one to match the next against."""
+        self._last_motion = invert_pose(self._previous_pose()) @ view.T_world_camera
+        self._previous = view
+        self._num_lost = 0
+        if is_moving:
+            self._still_reference = view
+
+    def _posed_step(
+        self,
+        view: View,
+        matches: Matches | None,
+        num_inliers: int = 0,
+        is_keyframe: bool = False,
+        is_stationary: bool = False,
+        rejection: Rejection | None = None,
+        covariance: FloatArray | None = None,
+    ) -> OdometryStep:
+        pose = PoseEstimate(
+            frame_index=view.frame_index,
+            timestamp_ns=view.timestamp_ns,
+            T_world_camera=view.T_world_camera.copy(),
+            status=self._status,
+            covariance=covariance,
+            rejection=rejection,
+            num_matches=0 if matches is None else len(matches),
+            num_inliers=num_inliers,
+            is_keyframe=is_keyframe,
+            is_stationary=is_stationary,
+            segment_id=self._segment_id,
+        )
+        return OdometryStep(pose, self._tracks.frame_tracks(view.frame_index, view.timestamp_ns), matches)
+
+    def _unposed(self, view: View, matches: Matches | None, rejection: Rejection) -> OdometryStep:
+        pose = PoseEstimate(
+            frame_index=view.frame_index,
+            timestamp_ns=view.timestamp_ns,
+            T_world_camera=None,
+            status=TrackingStatus.LOST,
+            rejection=rejection,
+            num_matches=0 if matches is None else len(matches),
+            segment_id=self._segment_id,
+        )
+        empty = np.zeros(0, np.int64)
+        tracks = FrameTracks(
+            view.frame_index,
+            view.timestamp_ns,
+            empty,
+            np.zeros((0, 2), np.float32),
+            np.zeros(0, np.int32),
+            np.zeros(0, np.bool_),
+        )
+        return OdometryStep(pose, tracks, matches)
+
+
+def _median_error(T_world_camera: FloatArray, points: FloatArray, rays: FloatArray) -> float:
+    projected, depth = reproject(T_world_camera, points)
+    errors = np.linalg.norm(projected - rays, axis=1)
+    return float(np.median(np.where(depth > 0, errors, np.inf)))
