@@ -46,18 +46,18 @@ def list_images(directory: Path) -> list[Path]:
     """The image files of a directory in natural order (`frame2` before `frame10`); hidden files are left out."""
     if not directory.is_dir():
         raise SourceError(f"{directory}: no such directory")
-    found = [
-        path
-        for path in directory.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    ]
-    return sorted(found, key=natural_key)
+    try:
+        inside = list(directory.iterdir())
+    except OSError as error:
+        raise SourceError(f"{directory}: {error.strerror}") from None
+    named = [path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    return sorted((path for path in named if path.is_file()), key=natural_key)
 
 
-def natural_key(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Orders names by their numbers where they have some; names equal but for leading zeros by spelling."""
+def natural_key(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
+    """Orders names by their numbers where they have some, numbers before letters; `01` and `1` by spelling."""
     parts = re.findall(r"(\d+)|(\D+)", path.name)
-    return [(int(digits), "") if digits else (-1, text) for digits, text in parts], path.name
+    return [(not digits, int(digits or 0), text) for digits, text in parts], path.name
 
 
 def _times(directory: Path, paths: Sequence[Path], fps: float | None, times_in_names: bool) -> list[int]:
@@ -67,7 +67,7 @@ def _times(directory: Path, paths: Sequence[Path], fps: float | None, times_in_n
         return [_time_in_name(path) for path in paths]
     if times_file.is_file():
         refuse_fps(fps, f"{times_file} gives the times")
-        times_ns = read_times(times_file, "")
+        times_ns = read_times(times_file)
         if len(times_ns) != len(paths):
             raise SourceError(f"{times_file}: {len(times_ns)} times for {len(paths)} images; expected one per image")
         return times_ns

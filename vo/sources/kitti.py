@@ -29,7 +29,8 @@ def open_kitti(name: str, directory: Path, choice: CameraChoice, fps: float | No
     chosen = choice.resolve(width, height)
     calibration = directory / "calib.txt"
     camera = _read_calibration(calibration, f"P{camera_number}", width, height) if chosen is None else chosen.camera
-    poses = directory.resolve().parents[1] / "poses" / f"{directory.resolve().name}.txt"
+    sequence = directory.resolve()
+    poses = sequence.parent.parent / "poses" / f"{sequence.name}.txt"
     return ImageSequence(name, camera, entries, ground_truth=poses if poses.is_file() else None)
 
 

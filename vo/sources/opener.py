@@ -31,7 +31,9 @@ def open_source(
     Raises SourceError, in one line that names what was found and what is expected.
     """
     choice = CameraChoice(camera_file, fov_deg)
-    kind, _, rest = spec.partition(":")
+    kind, colon, rest = spec.partition(":")
+    if not colon:
+        kind = ""
     if spec == "demo":
         from vo.sources.manifest import datasets_directory
 

@@ -61,7 +61,7 @@ def read_yaml(path: Path, remedy: str) -> Mapping[str, object]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise SourceError(f"{path}:{line}: not valid YAML: {error.problem}; {remedy}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date or a number, and is none
         raise SourceError(f"{path}: not valid YAML: {str(error).splitlines()[0]}; {remedy}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise SourceError(f"{path}: expected a mapping of names to values; {remedy}")
@@ -105,6 +105,6 @@ def only_fields(fields: Mapping[str, object], valid: tuple[str, ...], where: str
 def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SourceError(f"{where}: expected a number, got {value!r}")
-    if not abs(value) < float("inf"):
+    if not abs(value) < 1e300:
         raise SourceError(f"{where}: expected a finite number, got {value!r}")
     return float(value)

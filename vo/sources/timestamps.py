@@ -41,7 +41,7 @@ def index_to_ns(index: int, fps: float) -> int:
     return round(Fraction(index * NS_PER_S) / Fraction(fps))
 
 
-def read_times(path: Path, remedy: str) -> list[int]:
+def read_times(path: Path, remedy: str = "expected one number of seconds per line") -> list[int]:
     """Times in ns from a file of one decimal number of seconds per line; raises SourceError with the line."""
     times_ns = []
     for number, line in data_lines(read_text(path, remedy)):

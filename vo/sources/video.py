@@ -168,7 +168,7 @@ def open_video(name: str, path: Path, choice: CameraChoice, fps: float | None = 
     times_ns = None
     if times_file is not None:
         refuse_fps(fps, f"{times_file} gives the times")
-        times_ns = read_times(times_file, "")
+        times_ns = read_times(times_file)
     capture = open_file(str(path))
     if capture is None:
         raise SourceError(f"{path}: cannot be opened as a video; is it whole, and of a format that FFmpeg knows?")
