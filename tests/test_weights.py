@@ -1,0 +1,445 @@
+"""The registry of weights: resolution order, checks, downloads from a local server, and what goes wrong with them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import pickle
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from frontends import weights
+from frontends.base import WeightsError
+from frontends.weights import Origin, fetch, list_weights, load_state_dict, verify
+from frontends.weights_registry import REGISTRY, KnownFile, WeightsEntry
+
+needs_weights = pytest.mark.skipif("LIGHTVO_WEIGHTS" not in os.environ, reason="LIGHTVO_WEIGHTS is not set")
+OURS = ("lightglue-light-aliked-t16", "lightglue-light-xfeat")
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """No test sees the user's cache, and only marked ones see the directory of real weights."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    if "real_weights" not in request.fixturenames:
+        monkeypatch.delenv("LIGHTVO_WEIGHTS", raising=False)
+
+
+@pytest.fixture
+def real_weights() -> Path:
+    return Path(os.environ["LIGHTVO_WEIGHTS"])
+
+
+def saved(tensors: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+CONTENT = saved({"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.bias": torch.tensor([1.0, -2.0])})
+
+
+def git_blob(content: bytes) -> str:
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+def known_file(content: bytes = CONTENT, url: str | None = None, name: str = "toy.pth") -> KnownFile:
+    return KnownFile(name, hashlib.sha256(content).hexdigest(), len(content), git_blob(content), url)
+
+
+def register(monkeypatch: pytest.MonkeyPatch, *files: KnownFile) -> WeightsEntry:
+    entry = WeightsEntry("toy", "two tensors", "extractor", ("toy",), "Apache-2.0", files)
+    monkeypatch.setattr(weights, "REGISTRY", (entry,))
+    return entry
+
+
+def cached(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "lightvo" / "toy.pth"
+
+
+# ---------------------------------------------------------------- the registry itself
+
+
+def test_every_entry_is_complete_and_every_address_is_pinned() -> None:
+    assert len({entry.name for entry in REGISTRY}) == len(REGISTRY)
+    file_names = [known.file_name for entry in REGISTRY for known in entry.files]
+    assert len(set(file_names)) == len(file_names)
+    for entry in REGISTRY:
+        assert entry.architecture and entry.fits and entry.licence in {"Apache-2.0", "BSD-3-Clause"}
+        assert entry.is_ours == (entry.source_url is None)
+        if entry.source_url is not None:
+            assert entry.source_url.startswith("https://") and entry.source_url.endswith("/" + entry.file_name)
+            assert re.search(r"/[0-9a-f]{40}/|/releases/download/v0\.1_arxiv/", entry.source_url)
+        for known in entry.files:
+            assert re.fullmatch(r"[0-9a-f]{64}", known.sha256)
+            assert known.git_blob is None or re.fullmatch(r"[0-9a-f]{40}", known.git_blob)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_weights_come_with_the_package(name: str) -> None:
+    state_dict, file = load_state_dict(name, allow_download=False)
+    assert (file.origin, file.licence, file.is_verified) == (Origin.PACKAGE, "Apache-2.0", True)
+    assert file.path.suffix == ".safetensors"
+    assert state_dict["input_proj.weight"].shape == (128, 64)
+    assert state_dict["transformers.5.self_attn.Wqkv.weight"].shape == (384, 128)
+    with safetensors.safe_open(file.path, framework="pt") as archive:
+        metadata = archive.metadata()
+    assert metadata["name"] == name and metadata["licence"] == "Apache-2.0"
+    assert metadata["fits"] == name.removeprefix("lightglue-light-")
+    assert {"architecture", "data", "recipe"} <= metadata.keys()
+
+
+@needs_weights
+@pytest.mark.parametrize("name", OURS)
+def test_our_packaged_weights_equal_the_trained_ones(
+    name: str, real_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, file = load_state_dict(name)
+    assert file.origin is Origin.ENVIRONMENT and file.path == real_weights / f"{name}.pth"
+    monkeypatch.delenv("LIGHTVO_WEIGHTS")
+    packaged, _ = load_state_dict(name)
+    assert packaged.keys() == trained.keys()
+    assert all(torch.equal(packaged[key], trained[key]) for key in trained)
+
+
+@needs_weights
+@pytest.mark.parametrize("name", ["aliked-t16", "aliked-n16", "aliked-n16rot", "aliked-n32", "xfeat"])
+def test_published_weights_at_hand_are_verified(name: str, real_weights: Path) -> None:
+    assert verify(name).path.parent == real_weights
+    state_dict, file = load_state_dict(name, allow_download=False)
+    assert file.is_verified and file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
+    assert state_dict
+
+
+# ---------------------------------------------------------------- where a name is looked for
+
+
+def test_resolution_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = register(monkeypatch, known_file())
+    package, environment, cache = tmp_path / "package", tmp_path / "environment", cached(tmp_path).parent
+    monkeypatch.setattr(weights, "PACKAGE_DATA", package)
+    explicit = tmp_path / "mine.pth"
+    for path in (explicit, package / "toy.pth", environment / "toy.pth", cache / "toy.pth"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(CONTENT)
+    monkeypatch.setenv("LIGHTVO_WEIGHTS", str(environment))
+    assert load_state_dict("toy", path=explicit)[1].origin is Origin.EXPLICIT
+    for expected, path in (
+        (Origin.ENVIRONMENT, environment / "toy.pth"),
+        (Origin.PACKAGE, package / "toy.pth"),
+        (Origin.CACHE, cache / "toy.pth"),
+    ):
+        file = load_state_dict("toy")[1]
+        assert (file.origin, file.path) == (expected, path)
+        (status,) = list_weights()
+        assert (status.entry, status.path, status.origin) == (entry, path, expected)
+        path.unlink()
+    (status,) = list_weights()
+    assert status.path is None and status.origin is None
+
+
+def test_a_second_known_form_of_the_same_weights_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = safetensors.torch.save({"a": torch.ones(3)})
+    register(monkeypatch, known_file(), known_file(content, name="toy.safetensors"))
+    (tmp_path / "toy.safetensors").write_bytes(content)
+    monkeypatch.setenv("LIGHTVO_WEIGHTS", str(tmp_path))
+    state_dict, file = load_state_dict("toy")
+    assert file.path.name == "toy.safetensors" and torch.equal(state_dict["a"], torch.ones(3))
+
+
+def test_an_explicit_path_with_an_unknown_hash_is_loaded_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, known_file())
+    path, content = tmp_path / "retrained.pth", saved({"a": torch.zeros(1)})
+    path.write_bytes(content)
+    state_dict, file = load_state_dict("toy", path=str(path))
+    assert list(state_dict) == ["a"]
+    assert not file.is_verified and file.licence == "unknown"
+    assert file.sha256 == hashlib.sha256(content).hexdigest()
+    path.write_bytes(CONTENT)
+    assert load_state_dict("toy", path=path)[1].is_verified
+
+
+def test_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert weights.cache_directory() == tmp_path / "cache" / "lightvo"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert weights.cache_directory() == tmp_path / ".cache" / "lightvo"
+
+
+def one_line(error: pytest.ExceptionInfo[WeightsError], *parts: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_missing_weights_name_the_file_the_places_and_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, known_file(url="http://127.0.0.1:9/toy.pth"))
+    with pytest.raises(WeightsError) as error:
+        load_state_dict("toy", allow_download=False)
+    cache = str(tmp_path / "cache" / "lightvo")
+    one_line(error, "toy.pth", "LIGHTVO_WEIGHTS (not set)", cache, "vo weights fetch toy", "set LIGHTVO_WEIGHTS")
+    with pytest.raises(WeightsError):
+        verify("toy")
+
+
+def test_wrong_names_paths_and_directories_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WeightsError) as error:
+        load_state_dict("alike-t16")
+    one_line(error, "'alike-t16'", "aliked-t16")
+    with pytest.raises(WeightsError) as error:
+        load_state_dict("xfeat", path=tmp_path / "absent.pt")
+    one_line(error, "absent.pt", "no such file")
+    monkeypatch.setenv("LIGHTVO_WEIGHTS", str(tmp_path / "nowhere"))
+    with pytest.raises(WeightsError) as error:
+        load_state_dict("xfeat")
+    one_line(error, "LIGHTVO_WEIGHTS", "nowhere", "unset")
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+@given(position=st.integers(0, len(CONTENT) - 1), flip=st.integers(1, 255))
+@settings(deadline=None, max_examples=25)
+def test_any_changed_byte_is_found(position: int, flip: int) -> None:
+    damaged = bytearray(CONTENT)
+    damaged[position] ^= flip
+    assert weights._mismatch(known_file(), CONTENT) is None
+    assert "SHA-256" in (weights._mismatch(known_file(), bytes(damaged)) or "")
+
+
+def test_the_git_blob_is_checked_too() -> None:
+    wrong = replace(known_file(), git_blob="0" * 40)
+    assert "git blob" in (weights._mismatch(wrong, CONTENT) or "")
+
+
+@pytest.mark.parametrize(
+    ("place", "remedy"), [("cache/lightvo", "vo weights fetch toy"), ("own", "explicit path"), ("package", "reinstall")]
+)
+def test_a_damaged_file_is_refused_with_the_remedy(
+    place: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, known_file())
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "toy.pth").write_bytes(CONTENT[:-1])
+    monkeypatch.setattr(weights, "PACKAGE_DATA", tmp_path / "package")
+    if place == "own":
+        monkeypatch.setenv("LIGHTVO_WEIGHTS", str(tmp_path / place))
+    for call in (load_state_dict, verify):
+        with pytest.raises(WeightsError) as error:
+            call("toy")
+        one_line(error, "toy.pth", f"{len(CONTENT) - 1} bytes instead of {len(CONTENT)}", remedy)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return os.mkdir, ("executed",)
+
+
+def test_a_pickle_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("plain.pth", pickle.dumps({"a": Malicious()})), ("zip.pth", saved({"a": Malicious()}))):  # type: ignore[dict-item]
+        Path(name).write_bytes(content)
+        with pytest.raises(WeightsError) as error:
+            load_state_dict("xfeat", path=name)
+        one_line(error, name, "not a file of weights")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@given(content=st.one_of(st.binary(max_size=300), st.integers(0, len(CONTENT) - 1).map(lambda end: CONTENT[:end])))
+@settings(deadline=None, max_examples=60)
+def test_garbage_is_one_line_and_never_a_traceback(
+    suffix: str, content: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"garbage{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError) as error:
+        load_state_dict("xfeat", path=path)
+    one_line(error, str(path))
+
+
+@pytest.mark.parametrize("value", [[torch.zeros(1)], {"model": {"a": torch.zeros(1)}}, {"a": 3.0}, {1: torch.zeros(1)}])
+def test_what_is_no_state_dict_is_refused(value: object, tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(value, path)
+    with pytest.raises(WeightsError, match="no flat state dict"):
+        load_state_dict("xfeat", path=path)
+
+
+# ---------------------------------------------------------------- downloads
+
+
+@dataclass
+class Server:
+    """A local HTTP server; `behaviour` says what it does with the next request."""
+
+    url: str = ""
+    behaviour: str = "whole"
+    requests: list[str] = field(default_factory=list)
+    released: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    state = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None: ...
+
+        def do_GET(self) -> None:
+            state.requests.append(self.path)
+            if state.behaviour == "moved" and self.path != "/new/toy.pth":
+                self.send_response(302)
+                self.send_header("Location", "/new/toy.pth")
+                self.end_headers()
+                return
+            if state.behaviour == "absent":
+                self.send_error(404)
+                return
+            self.send_response(200)
+            if state.behaviour not in ("no length", "endless"):
+                self.send_header("Content-Length", str(len(CONTENT)))
+            self.end_headers()
+            self.send_body()
+
+        def send_body(self) -> None:
+            match state.behaviour:
+                case "wrong":
+                    self.wfile.write(CONTENT[:-1] + b"?")
+                case "truncated" | "no length, truncated":
+                    self.wfile.write(CONTENT[:100])
+                case "stall":
+                    self.wfile.write(CONTENT[:100])
+                    state.released.wait(20)
+                case "drip":
+                    for start in range(len(CONTENT)):
+                        if state.released.wait(0.02):
+                            return
+                        self.wfile.write(CONTENT[start : start + 1])
+                case "endless":
+                    self.wfile.write(CONTENT + b"x" * 100)
+                case _:
+                    self.wfile.write(CONTENT)
+
+    http_server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{http_server.server_port}/toy.pth"
+    thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield state
+    state.released.set()
+    http_server.shutdown()
+    http_server.server_close()
+    thread.join(5)
+
+
+@pytest.mark.parametrize("behaviour", ["whole", "no length", "moved"])
+def test_a_download_lands_verified_in_the_cache(
+    behaviour: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(monkeypatch, known_file(url=server.url))
+    server.behaviour = behaviour
+    state_dict, file = load_state_dict("toy")
+    assert torch.equal(state_dict["layer.bias"], torch.tensor([1.0, -2.0]))
+    assert (file.origin, file.path, file.is_verified) == (Origin.DOWNLOAD, cached(tmp_path), True)
+    assert server.url in capsys.readouterr().err
+    num_requests = len(server.requests)
+    assert load_state_dict("toy")[1].origin is Origin.CACHE
+    assert fetch("toy").origin is Origin.CACHE and verify("toy").path == cached(tmp_path)
+    assert len(server.requests) == num_requests
+    assert [path.name for path in cached(tmp_path).parent.iterdir()] == ["toy.pth"]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("wrong", "SHA-256"),
+        ("truncated", f"ended after 100 of {len(CONTENT)} bytes"),
+        ("absent", "HTTP 404"),
+        ("endless", f"more than the expected {len(CONTENT)} bytes"),
+        ("stall", "timed out"),
+        ("drip", "not complete after 0.4 s"),
+    ],
+)
+def test_a_failed_download_is_one_line_and_leaves_nothing(
+    behaviour: str, message: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, known_file(url=server.url))
+    monkeypatch.setattr(weights, "download", functools.partial(weights.download, timeout_s=0.3, limit_s=0.4))
+    server.behaviour = behaviour
+    for call in (load_state_dict, fetch):
+        with pytest.raises(WeightsError) as error:
+            call("toy")
+        one_line(error, "toy.pth", message, server.url, "vo weights fetch toy", "set LIGHTVO_WEIGHTS")
+    assert not cached(tmp_path).parent.exists()
+
+
+def test_no_network_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, known_file(url="http://127.0.0.1:1/toy.pth"))
+    with pytest.raises(WeightsError) as error:
+        fetch("toy")
+    one_line(error, "toy.pth", "refused", "vo weights fetch toy")
+    register(monkeypatch, known_file(url="http://no-such-host.invalid/toy.pth"))
+    with pytest.raises(WeightsError) as error:
+        fetch("toy")
+    one_line(error, "no-such-host.invalid", "vo weights fetch toy")
+
+
+def test_fetch_replaces_a_damaged_file_in_the_cache(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, known_file(url=server.url))
+    cached(tmp_path).parent.mkdir(parents=True)
+    cached(tmp_path).write_bytes(b"half a file")
+    assert fetch("toy").origin is Origin.DOWNLOAD
+    assert cached(tmp_path).read_bytes() == CONTENT
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, known_file(url=server.url))
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    with pytest.raises(WeightsError) as error:
+        fetch("toy")
+    one_line(error, "toy.pth", "cannot be written", "XDG_CACHE_HOME")
+
+
+def test_downloads_at_the_same_time_do_not_disturb_each_other(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, known_file(url=server.url))
+    with ThreadPoolExecutor(6) as pool:
+        loaded = [pool.submit(load_state_dict, "toy") for _ in range(6)]
+    assert all(future.result()[0].keys() == {"layer.weight", "layer.bias"} for future in loaded)
+    assert [path.name for path in cached(tmp_path).parent.iterdir()] == ["toy.pth"]
+
+
+def test_a_terminal_gets_a_progress_bar(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    register(monkeypatch, known_file(url=server.url))
+    fetch("toy")
+    shown = capsys.readouterr().err
+    assert "toy.pth" in shown and "━" in shown and server.url not in shown
