@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from frontends.aliked import AlikedConfig
 from frontends.base import check_settings, setting
+from frontends.lightglue import LightGlueConfig
+from frontends.nearest import NearestConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,18 @@ class PublisherConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class FrontendConfig:
+    """What turns images into features and matches, and where it runs."""
+
+    extractor: AlikedConfig = field(default_factory=AlikedConfig)
+    matcher: LightGlueConfig | NearestConfig = field(default_factory=LightGlueConfig)
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
 class PipelineConfig:
     """Threads and the channels between them."""
 
@@ -90,6 +105,8 @@ class PipelineConfig:
 class Config:
     """Everything that can be set for a run."""
 
+    frontend: FrontendConfig = field(default_factory=FrontendConfig)
     two_view: TwoViewConfig = field(default_factory=TwoViewConfig)
     odometry: OdometryConfig = field(default_factory=OdometryConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    publisher: PublisherConfig = field(default_factory=PublisherConfig)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from frontends.base import Features, Matches
 from vo.odometry import OdometryStep
 from vo.sources import SkippedFrame
+from vo.summary import RunSummary, UsedWeights, latency_percentiles, library_versions, stage_times
 from vo.types import TrackingStatus
 
 STAGES = ("capture", "extract", "match", "track", "publish")
@@ -17,7 +18,8 @@ STAGES = ("capture", "extract", "match", "track", "publish")
 class RunMeter:
     """Collects while the stages run, each value from one thread only.
 
-    Times are in ms. "track" is the odometry without the matching that it asks for.
+    Times are in ms. "track" is the odometry without the matching that it asks for. `summary` may be asked for at any
+    time: what it says is what has been delivered so far.
     """
 
     def __init__(self) -> None:
@@ -28,6 +30,8 @@ class RunMeter:
         self.num_poses = 0
         self.num_keyframes = 0
         self.num_lost_episodes = 0
+        self.num_stationary = 0
+        self.scale_source = "relative"
         self.stages_ms = {stage: array("d") for stage in STAGES}
         self.latencies_ms = array("d")
         self.num_matches = array("d")
@@ -83,10 +87,50 @@ class RunMeter:
         self.num_processed += 1
         self.num_poses += pose.T_world_camera is not None
         self.num_keyframes += pose.is_keyframe
+        self.num_stationary += pose.is_stationary
         self.num_lost_episodes += is_lost and not self._was_lost
         self._was_lost = is_lost
+        self.scale_source = pose.scale_source
         self.latencies_ms.append(latency_ns * 1e-6)
-        if step.matches is not None:
-            self.num_matches.append(len(step.matches))
-            self.num_inliers.append(pose.num_inliers)
+        self.num_matches.append(pose.num_matches)
+        self.num_inliers.append(pose.num_inliers)
+        if step.matches is not None and step.matches.stop_layer > 0:
             self.stop_layers.append(step.matches.stop_layer)
+
+    def summary(
+        self,
+        source_name: str,
+        *,
+        is_interrupted: bool,
+        device: str,
+        weights: tuple[UsedWeights, ...],
+        fallbacks: tuple[str, ...],
+    ) -> RunSummary:
+        """Everything counted so far; frames that were only left without their depth do not count as skipped."""
+        return RunSummary(
+            source=source_name,
+            interrupted=is_interrupted,
+            frames_read=self.num_read,
+            frames_processed=self.num_processed,
+            frames_dropped=self.num_dropped,
+            frames_skipped=sum(not skipped.is_kept for skipped in self.skipped),
+            poses=self.num_poses,
+            keyframes=self.num_keyframes,
+            lost_episodes=self.num_lost_episodes,
+            stationary_frames=self.num_stationary,
+            fps=self.fps,
+            latency_ms=latency_percentiles(self.latencies_ms),
+            stages=stage_times(self.stages_ms),
+            mean_matches=_mean(self.num_matches),
+            mean_inliers=_mean(self.num_inliers),
+            mean_stop_layer=_mean(self.stop_layers),
+            scale_source=self.scale_source,
+            device=device,
+            versions=library_versions(),
+            weights=weights,
+            fallbacks=fallbacks,
+        )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if len(values) else None

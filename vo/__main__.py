@@ -1,0 +1,7 @@
+"""`python -m vo`: the same as the `vo` command."""
+
+import sys
+
+from vo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,272 @@
+"""The `vo` command. Only the standard library is imported here: what a subcommand needs, it imports when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from vo import __version__
+
+if TYPE_CHECKING:
+    from frontends.weights import WeightsStatus
+
+USER_ERROR = 2
+INTERRUPTED = 130
+DEFAULT_ENDPOINT = "tcp://127.0.0.1:5570"
+PRESET_WEIGHTS = ("aliked-t16", "lightglue-light-aliked-t16", "xfeat", "lightglue-light-xfeat")
+
+_SOURCES = """sources:
+  demo                    the bundled clip
+  webcam:0                a camera
+  FILE or URL             a video
+  DIR                     a directory of images, or a data set that is recognised by what lies there
+  kitti:DIR tum:DIR euroc:DIR   a sequence of that data set (layouts: datasets/README.md)
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, like every other error of this command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"vo: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line. Exit codes: 0 done, 2 an error of the user or the environment, 130 interrupted."""
+    options = build_parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return _without_tracebacks(command, options)
+    except KeyboardInterrupt:
+        print("vo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone (`vo listen | head`); the interpreter must not try to flush it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return USER_ERROR
+
+
+def _without_tracebacks(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Runs a subcommand; an error of the environment becomes one line."""
+    from frontends.base import VoError
+
+    try:
+        return command(options)
+    except VoError as error:
+        print(f"vo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every subcommand with its flags; `command` of the result runs it."""
+    parser = _Parser(prog="vo", description="Real-time visual odometry with learned features.")
+    parser.add_argument("--version", action="version", version=f"lightvo {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_listen(commands)
+    _add_eval(commands)
+    _add_weights(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="estimate the trajectory of a camera",
+        description="Estimates the trajectory of a camera and publishes it while it goes on.",
+        epilog=_SOURCES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="where the frames come from, see below")
+    parser.add_argument("--config", metavar="F", help="preset (kitti, tum, fast-cpu, ...) or YAML file")
+    parser.add_argument("--set", metavar="A.B=V", action="append", default=[], help="change one key of it; repeatable")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="write trajectory, summary, config and plot there")
+    parser.add_argument("--publish", metavar="ENDPOINT", help=f"where to publish, or off (default: {DEFAULT_ENDPOINT})")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
+    parser.add_argument("--max-frames", metavar="N", type=_positive, help="stop after so many frames")
+    parser.add_argument("--realtime", action="store_true", help="replay a file at its own pace, dropping late frames")
+    parser.add_argument("--camera", metavar="FILE", type=Path, help="camera.yaml with the intrinsics")
+    parser.add_argument("--fov-deg", metavar="DEG", type=float, help="guess the intrinsics from the horizontal view")
+    parser.add_argument("--fps", metavar="HZ", type=float, help="rate of images that carry no times")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no report, errors only")
+    parser.add_argument("--fallback-orb", action="store_true", help="run on ORB where weights cannot be had")
+    parser.set_defaults(command=_run)
+
+
+def _add_listen(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("listen", help="print what a run publishes")
+    parser.add_argument(
+        "endpoint", metavar="ENDPOINT", nargs="?", default=DEFAULT_ENDPOINT, help="default: %(default)s"
+    )
+    parser.add_argument("--topic", action="append", metavar="T", help="pose, tracks, status or camera; repeatable")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--max-messages", metavar="N", type=_positive, help="end after so many")
+    parser.add_argument("--timeout-s", metavar="S", type=float, help="end after so long without a message")
+    parser.add_argument("--until-finished", action="store_true", help="end with the run")
+    parser.set_defaults(command=_listen)
+
+
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("eval", help="measure a trajectory against the truth")
+    parser.add_argument("trajectory", metavar="TRAJECTORY", type=Path, help="TUM, KITTI or EuRoC file")
+    parser.add_argument("--truth", metavar="F", type=Path, required=True, help="file with the true poses")
+    parser.add_argument("--align", choices=("sim3", "se3", "none"), default="sim3", help="default: %(default)s")
+    parser.add_argument("--report", metavar="DIR", type=Path, help="write figures and plots there")
+    parser.add_argument("--json", action="store_true", help="the figures as JSON")
+    parser.set_defaults(command=_eval)
+
+
+def _add_weights(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("weights", help="list, fetch or verify the weights of the networks")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="what there is, where it lies, its licence and origin")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    listing.set_defaults(command=_weights_list)
+    fetching = actions.add_parser("fetch", help="download what is missing, and check it")
+    fetching.add_argument("names", metavar="NAME", nargs="*", help="which ones; none: those of the presets")
+    fetching.set_defaults(command=_weights_fetch)
+    verifying = actions.add_parser("verify", help="check size and hash of what is here")
+    verifying.add_argument("names", metavar="NAME", nargs="*", help="which ones; none: all that are here")
+    verifying.set_defaults(command=_weights_verify)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("doctor", help="what works on this machine, what is missing, and the remedy")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(command=_doctor)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vo.run_command import RunRequest, run_command
+
+    return run_command(
+        RunRequest(
+            source=options.source,
+            config=options.config,
+            overrides=tuple(options.set),
+            output=options.output,
+            publish=options.publish,
+            device=options.device,
+            max_frames=options.max_frames,
+            is_realtime=options.realtime,
+            camera_file=options.camera,
+            fov_deg=options.fov_deg,
+            fps=options.fps,
+            is_quiet=options.quiet,
+            falls_back_to_orb=options.fallback_orb,
+        )
+    )
+
+
+def _listen(options: argparse.Namespace) -> int:
+    from vo.listen import listen
+
+    counts = listen(
+        options.endpoint,
+        tuple(options.topic or ("pose",)),
+        options.json,
+        options.max_messages,
+        options.timeout_s,
+        options.until_finished,
+    )
+    return INTERRUPTED if counts.is_interrupted else 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from vo.evaluation import compare, evaluation_json, format_evaluation, write_report
+    from vo.trajectory import read_trajectory
+
+    comparison = compare(read_trajectory(options.trajectory), read_trajectory(options.truth), options.align)
+    if options.report is not None:
+        write_report(comparison, options.report)
+    print(evaluation_json(comparison.evaluation) if options.json else format_evaluation(comparison.evaluation))
+    return 0
+
+
+def _weights_list(options: argparse.Namespace) -> int:
+    from frontends.weights import list_weights
+
+    statuses = list_weights()
+    if options.json:
+        print(json.dumps([_weights_row(status) for status in statuses], indent=2))
+        return 0
+    for status in statuses:
+        entry = status.entry
+        place = f"{status.origin}: {status.path}" if status.path is not None else f"not here: {entry.source_url}"
+        print(f"{entry.name:28} {entry.licence:13} {entry.architecture}\n{'':28} {place}")
+    return 0
+
+
+def _weights_row(status: WeightsStatus) -> dict[str, str | int | bool | None]:
+    entry = status.entry
+    return {
+        "name": entry.name,
+        "role": entry.role,
+        "architecture": entry.architecture,
+        "fits": ", ".join(entry.fits),
+        "licence": entry.licence,
+        "is_ours": entry.is_ours,
+        "sha256": entry.sha256,
+        "size_bytes": entry.size_bytes,
+        "source_url": entry.source_url,
+        "origin": str(status.origin) if status.origin is not None else None,
+        "path": str(status.path) if status.path is not None else None,
+    }
+
+
+def _weights_fetch(options: argparse.Namespace) -> int:
+    from frontends.weights import fetch
+
+    for name in options.names or PRESET_WEIGHTS:
+        file = fetch(name)
+        print(f"{file.name}: {file.path} ({file.origin}, SHA-256 {file.sha256})", flush=True)
+    return 0
+
+
+def _weights_verify(options: argparse.Namespace) -> int:
+    from frontends.base import WeightsError
+    from frontends.weights import list_weights, verify
+
+    names = options.names or [status.entry.name for status in list_weights() if status.path is not None]
+    num_bad = 0
+    for name in names:
+        try:
+            file = verify(name)
+        except WeightsError as error:
+            num_bad += 1
+            print(f"bad  {name}: {error}")
+        else:
+            print(f"ok   {name}: {file.path} (SHA-256 {file.sha256})")
+    if num_bad:
+        raise WeightsError(f"{num_bad} of {len(names)} sets of weights cannot be used; see above")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from vo.doctor import State, examine
+
+    checks = []
+    for check in examine(DEFAULT_ENDPOINT):
+        checks.append(check)
+        if not options.json:
+            is_optional = check.state is not State.WORKS and not check.is_required
+            remedy = f" -> {check.remedy}" if check.remedy else ""
+            print(f"{check.state.value:8} {check.name:32} {check.detail}{' (optional)' if is_optional else ''}{remedy}")
+    if options.json:
+        print(json.dumps([{**asdict(check), "state": check.state.value} for check in checks], indent=2))
+    return 0 if all(check.state is State.WORKS or not check.is_required for check in checks) else USER_ERROR
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value

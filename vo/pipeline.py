@@ -1,0 +1,94 @@
+"""A whole run: a source through a frontend and the odometry to the sinks."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from vo.config import Config
+from vo.frontend import Frontend
+from vo.odometry import Odometry
+from vo.run_meter import RunMeter
+from vo.sources import Source
+from vo.stages import Sink, StageOptions, Stages
+from vo.summary import RunSummary
+
+
+def run(
+    config: Config,
+    source: Source,
+    frontend: Frontend,
+    sinks: Sequence[Sink] = (),
+    *,
+    threaded: bool | None = None,
+    is_paced: bool = False,
+    max_frames: int | None = None,
+    stop: threading.Event | None = None,
+    meter: RunMeter | None = None,
+) -> RunSummary:
+    """Runs every frame of the source, in order, and closes it.
+
+    sinks       are called one after the other with every result, always from the same thread.
+    threaded    overrides `config.pipeline.threaded`; the trajectory is the same either way.
+    is_paced    replays a file at its own timestamps, and drops frames like a camera where the run cannot keep up.
+    max_frames  ends the run early.
+    stop        ends the run when it is set: what has been computed still reaches the sinks.
+    meter       counts the run; a caller's own can be read when the run fails.
+
+    Raises what a stage raised, after all of them have ended.
+    """
+    meter, stop = meter or RunMeter(), stop or threading.Event()
+    match = meter.timed_match(frontend.matcher.match)
+    odometry = Odometry(source.camera, config.odometry, config.two_view, match)
+    stages = Stages(source, lambda frame: frontend.extractor.extract(frame.image), odometry.step, sinks, meter, stop)
+    stages.run(
+        StageOptions(
+            is_threaded=config.pipeline.threaded if threaded is None else threaded,
+            drops_oldest=drops_oldest(config, source, is_paced),
+            channel_capacity=config.pipeline.channel_capacity,
+            is_paced=is_paced,
+            max_frames=max_frames,
+        )
+    )
+    return summarise(meter, source, frontend, is_interrupted=stop.is_set())
+
+
+def drops_oldest(config: Config, source: Source, is_paced: bool) -> bool:
+    """Whether a slow run loses frames instead of making the source wait."""
+    policy = config.pipeline.policy
+    return policy == "latest" or (policy == "auto" and (source.is_live or is_paced))
+
+
+def summarise(meter: RunMeter, source: Source, frontend: Frontend, *, is_interrupted: bool) -> RunSummary:
+    """The summary of what has been run so far."""
+    return meter.summary(
+        source.name,
+        is_interrupted=is_interrupted,
+        device=frontend.device_name,
+        weights=frontend.weights,
+        fallbacks=frontend.fallbacks,
+    )
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Yields an event that the first Ctrl-C or SIGTERM sets; the second one raises KeyboardInterrupt.
+
+    Only in the main thread; the handlers that were there before are put back.
+    """
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,120 @@
+"""`vo run`: everything between the command line and the pipeline."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from vo.config import Config
+from vo.config_loader import dump_config, load_config
+from vo.frontend import create_frontend, select_device
+from vo.messages import RunState
+from vo.pipeline import run, stop_on_signals
+from vo.progress import Advance, progress
+from vo.publisher import Publisher
+from vo.recorder import Recorder
+from vo.run_meter import RunMeter
+from vo.run_report import PoseLog, report
+from vo.sources import Source, open_source
+from vo.stages import FrameResult, Sink
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What the user asked for; None where the configuration decides."""
+
+    source: str
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+    output: Path | None = None
+    publish: str | None = None
+    device: str | None = None
+    max_frames: int | None = None
+    is_realtime: bool = False
+    camera_file: Path | None = None
+    fov_deg: float | None = None
+    fps: float | None = None
+    is_quiet: bool = False
+    falls_back_to_orb: bool = False
+
+
+def run_command(request: RunRequest) -> int:
+    """Runs and reports; the exit code is 0, or 130 where the run was interrupted.
+
+    What can be refused is refused before the first frame; what has been computed is written whatever happens later.
+    Raises VoError in one line.
+    """
+    config = requested_config(request)
+    with ExitStack() as resources:
+        source = open_source(request.source, camera_file=request.camera_file, fov_deg=request.fov_deg, fps=request.fps)
+        resources.callback(source.close)
+        recorder = resources.enter_context(Recorder(request.output)) if request.output is not None else None
+        publisher = None
+        if config.publisher.endpoint != "off":
+            publisher = resources.enter_context(Publisher(config.publisher, source.camera))
+        device = select_device(config.frontend.device)
+        frontend = create_frontend(config.frontend, device, falls_back_to_orb=request.falls_back_to_orb)
+        if recorder is not None:
+            recorder.write_config(dump_config(config))
+        meter, poses = RunMeter(), PoseLog()
+        try:
+            with (
+                stop_on_signals() as stop,
+                progress(num_frames(source, request.max_frames), is_quiet=request.is_quiet) as advance,
+            ):
+                run(
+                    config,
+                    source,
+                    frontend,
+                    sinks(publisher, recorder, poses, meter, advance),
+                    is_paced=request.is_realtime,
+                    max_frames=request.max_frames,
+                    stop=stop,
+                    meter=meter,
+                )
+        finally:
+            report(source, frontend, recorder, poses, meter, is_interrupted=stop.is_set(), is_quiet=request.is_quiet)
+        if stop.is_set() and publisher is not None:
+            publisher.close(RunState.INTERRUPTED)
+    return INTERRUPTED if stop.is_set() else 0
+
+
+def requested_config(request: RunRequest) -> Config:
+    """The configuration of the file with the overrides, among them the flags that stand for one key."""
+    overrides = list(request.overrides)
+    if request.device is not None:
+        overrides.append(f"frontend.device={request.device}")
+    if request.publish is not None:
+        overrides.append(f"publisher.endpoint={request.publish}")
+    return load_config(request.config, overrides)
+
+
+def num_frames(source: Source, max_frames: int | None) -> int | None:
+    """How many frames the run will have at most, None where that is not known."""
+    known = [count for count in (source.num_frames, max_frames) if count is not None]
+    return min(known, default=None)
+
+
+def sinks(
+    publisher: Publisher | None, recorder: Recorder | None, poses: PoseLog, meter: RunMeter, advance: Advance
+) -> tuple[Sink, ...]:
+    """Where every result goes: out of the process first, to the disk, to the evaluation, to the terminal."""
+
+    def publish(result: FrameResult) -> None:
+        if publisher is not None:
+            publisher.publish_pose(result.step.pose)
+            publisher.publish_tracks(result.step.tracks)
+            publisher.publish_status(fps=meter.fps, num_frames=meter.num_processed + 1, num_dropped=meter.num_dropped)
+
+    def record(result: FrameResult) -> None:
+        if recorder is not None:
+            recorder.record(result.step.pose)
+        poses.add(result.step.pose)
+
+    def show(result: FrameResult) -> None:
+        advance(f"{result.step.pose.status.value}, {meter.fps:.1f} fps")
+
+    return publish, record, show

@@ -1,0 +1,134 @@
+"""What is left of a run: its summary and plot in the output directory, and a few lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from vo.evaluation import Comparison, compare
+from vo.frontend import Frontend
+from vo.pipeline import summarise
+from vo.recorder import Recorder
+from vo.run_meter import RunMeter
+from vo.sources import SkippedFrame, Source
+from vo.summary import RunSummary
+from vo.trajectory import Trajectory, read_trajectory
+from vo.types import FloatArray, PoseEstimate, VoError
+
+_MAX_LISTED = 3
+
+
+class PoseLog:
+    """The poses of a run, kept for its evaluation."""
+
+    def __init__(self) -> None:
+        self._timestamps_ns: list[int] = []
+        self._posed: list[tuple[int, int, FloatArray]] = []
+        self.scale_source = "relative"
+
+    def add(self, pose: PoseEstimate) -> None:
+        self._timestamps_ns.append(pose.timestamp_ns)
+        self.scale_source = pose.scale_source
+        if pose.T_world_camera is not None:
+            self._posed.append((pose.timestamp_ns, pose.frame_index, pose.T_world_camera))
+
+    def compare(self, source: Source) -> Comparison | None:
+        """The poses against the ground truth that came with the source; None without one, or without a pose.
+
+        Aligned by a similarity where the scale is relative. Raises SourceError where the two do not fit together.
+        """
+        if source.ground_truth is None or not self._posed:
+            return None
+        timestamps_ns, frame_indices, poses = zip(*self._posed, strict=True)
+        trajectory = Trajectory(
+            np.array(timestamps_ns, np.int64), np.array(poses), source.name, np.array(frame_indices, np.int64)
+        )
+        return compare(
+            trajectory,
+            read_trajectory(source.ground_truth),
+            "sim3" if self.scale_source == "relative" else "se3",
+            frame_timestamps_ns=np.array(self._timestamps_ns, np.int64),
+        )
+
+
+def report(
+    source: Source,
+    frontend: Frontend,
+    recorder: Recorder | None,
+    poses: PoseLog,
+    meter: RunMeter,
+    *,
+    is_interrupted: bool,
+    is_quiet: bool,
+) -> None:
+    """Evaluates what was computed, writes summary and plot, prints the lines; does nothing without a frame."""
+    if meter.num_processed == 0:
+        return
+    summary = summarise(meter, source, frontend, is_interrupted=is_interrupted)
+    comparison, reason = None, None
+    try:
+        comparison = poses.compare(source)
+    except VoError as error:
+        # The run itself is sound; that it cannot be evaluated is worth a line and no more.
+        reason = str(error)
+    if comparison is not None:
+        summary = replace(summary, evaluation=comparison.evaluation)
+    if recorder is not None:
+        recorder.write_summary(summary)
+        recorder.write_plot(comparison)
+    if not is_quiet:
+        lines = report_lines(summary, frontend.description, meter.skipped, reason)
+        results = [f"results     {recorder.output_dir}"] if recorder is not None else []
+        print("\n".join([*lines, *results]), flush=True)
+
+
+def report_lines(
+    summary: RunSummary, frontend: str, skipped: Sequence[SkippedFrame], not_evaluated: str | None
+) -> list[str]:
+    """The run in a few lines."""
+    s = summary
+    lines = [
+        f"frames      {s.frames_read} read, {s.frames_processed} processed, {s.frames_dropped} dropped, "
+        f"{s.frames_skipped} skipped{' (interrupted)' if s.interrupted else ''}",
+        f"poses       {s.poses} of {s.frames_processed}, {s.keyframes} keyframes, lost {_times(s.lost_episodes)}"
+        f"{_stationary(s)}",
+        f"speed       {s.fps:.1f} fps{_latency(s)}",
+        f"frontend    {frontend} on {s.device}{_means(s)}",
+        *(f"skipped     {frame.name}: {frame.reason}" for frame in skipped[:_MAX_LISTED]),
+        *([f"skipped     and {len(skipped) - _MAX_LISTED} more"] if len(skipped) > _MAX_LISTED else []),
+        *(f"fallback    {fallback}" for fallback in s.fallbacks),
+    ]
+    if s.evaluation is not None:
+        e = s.evaluation
+        lines.append(
+            f"evaluation  ATE {e.ate_rmse_m:.3g} m over {e.path_length_m:.1f} m ({e.align}), rotation "
+            f"{e.rpe_rot_deg:.3g} deg per frame, {e.num_poses} of {e.num_expected_poses} poses"
+        )
+    if not_evaluated is not None:
+        lines.append(f"evaluation  none: {not_evaluated}")
+    return lines
+
+
+def _times(count: int) -> str:
+    return {0: "never", 1: "once"}.get(count, f"{count} times")
+
+
+def _stationary(summary: RunSummary) -> str:
+    return f", standing still in {summary.stationary_frames}" if summary.stationary_frames else ""
+
+
+def _latency(summary: RunSummary) -> str:
+    if summary.latency_ms is None:
+        return ""
+    latency = summary.latency_ms
+    stages = ", ".join(f"{stage.name} {stage.p50_ms:.1f}" for stage in summary.stages)
+    return f"; latency p50 {latency.p50:.0f} ms, p95 {latency.p95:.0f} ms; median ms: {stages}"
+
+
+def _means(summary: RunSummary) -> str:
+    if summary.mean_matches is None or summary.mean_inliers is None:
+        return ""
+    layers = f", {summary.mean_stop_layer:.1f} layers" if summary.mean_stop_layer is not None else ""
+    return f"; means: {summary.mean_matches:.0f} matches, {summary.mean_inliers:.0f} inliers{layers}"
