@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from evo.core.geometry import GeometryException
 from evo.core.metrics import APE, RPE, PoseRelation, StatisticsType, Unit
 from evo.core.trajectory import PosePath3D
 from numpy.typing import NDArray
@@ -52,6 +51,8 @@ _KITTI_LENGTHS_M = tuple(100.0 * count for count in range(1, 9))
 _KITTI_STEP = 10
 _SHORTEST_POWER = 6  # the shortest segments are 0.1 mm
 _MIN_POSES = 3
+_MIN_SECOND_DIRECTION = 1e-12
+_MIN_COVARIANCE_M2 = 1e-15
 # A truth that stays within this has nothing to take a scale from but its own noise.
 _STANDING_STILL_M = 0.01
 
@@ -327,10 +328,10 @@ def _aligned(T_world_camera: FloatArray, true_poses: PosePath3D, align: Align) -
     has_rotation, has_scale = align in ("sim3", "se3"), align in ("sim3", "scale")
     if not has_rotation and not has_scale:
         return poses, Alignment(np.eye(3), np.zeros(3), 1.0)
-    try:
+    if _is_determined(T_world_camera[:, :3, 3], true_poses.positions_xyz):
         found = poses.align(true_poses, correct_scale=has_scale, correct_only_scale=not has_rotation)
         alignment = Alignment(found[0], found[1], float(found[2]))
-    except GeometryException:
+    else:
         alignment = _align_with_orientations(T_world_camera, np.array(true_poses.poses_se3), has_scale)
         poses.scale(alignment.scale)
         if has_rotation:
@@ -338,6 +339,16 @@ def _aligned(T_world_camera: FloatArray, true_poses: PosePath3D, align: Align) -
     if not has_rotation:
         alignment = Alignment(np.eye(3), np.zeros(3), alignment.scale, alignment.is_unique)
     return poses, alignment
+
+
+def _is_determined(positions: FloatArray, true_positions_m: FloatArray) -> bool:
+    """Whether positions (N, 3) fix the rotation between them: their covariance has a rank of two or three.
+
+    Rounding gives positions on a line a second direction, but one that is smaller by many orders than the first.
+    """
+    centred, centred_m = positions - positions.mean(axis=0), true_positions_m - true_positions_m.mean(axis=0)
+    largest, second, _ = np.linalg.svd(centred_m.T @ centred / len(positions), compute_uv=False)
+    return bool(second > max(_MIN_SECOND_DIRECTION * largest, _MIN_COVARIANCE_M2))
 
 
 def _align_with_orientations(
