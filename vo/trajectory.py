@@ -123,11 +123,7 @@ def recognised_format(line: str) -> TrajectoryFormat | None:
 
 def tum_line(timestamp_ns: int, T_world_camera: FloatArray) -> str:
     """One line of a TUM file for a pose (4, 4), newline included; the time has all its nine digits."""
-    if timestamp_ns < 0:
-        raise ValueError(f"timestamp_ns: expected zero or more, got {timestamp_ns}")
-    quat_xyzw = Rotation.from_matrix(T_world_camera[:3, :3]).as_quat(canonical=True)
-    seconds = f"{timestamp_ns // NS_PER_S}.{timestamp_ns % NS_PER_S:09d}"
-    return f"{seconds} {_numbers(T_world_camera[:3, 3])} {_numbers(quat_xyzw)}\n"
+    return _tum_line(timestamp_ns, T_world_camera[:3, 3], _quat_xyzw(T_world_camera[:3, :3]))
 
 
 def kitti_line(T_world_camera: FloatArray) -> str:
@@ -139,8 +135,9 @@ def write_tum(trajectory: Trajectory, path: Path) -> None:
     """Writes a TUM file. Raises ValueError without times, OutputError where the file cannot be written."""
     if not trajectory.has_times:
         raise ValueError(f"{trajectory.name}: a TUM file needs times, and this trajectory has frame indices only")
-    poses = zip(trajectory.timestamps_ns.tolist(), trajectory.T_world_camera, strict=True)
-    write_atomically(path, "".join(tum_line(timestamp_ns, T) for timestamp_ns, T in poses))
+    quaternions = _quat_xyzw(trajectory.T_world_camera[:, :3, :3])
+    poses = zip(trajectory.timestamps_ns.tolist(), trajectory.positions, quaternions, strict=True)
+    write_atomically(path, "".join(_tum_line(*pose) for pose in poses))
 
 
 def write_kitti(trajectory: Trajectory, path: Path) -> None:
@@ -157,7 +154,7 @@ def write_euroc(trajectory: Trajectory, path: Path, T_body_camera: FloatArray | 
         raise ValueError(f"{trajectory.name}: an EuRoC file needs times, and this trajectory has frame indices only")
     T_camera_body = np.eye(4) if T_body_camera is None else np.linalg.inv(T_body_camera)
     T_world_body = trajectory.T_world_camera @ T_camera_body
-    quat_xyzw = Rotation.from_matrix(T_world_body[:, :3, :3]).as_quat(canonical=True)
+    quat_xyzw = _quat_xyzw(T_world_body[:, :3, :3])
     rows = np.column_stack([T_world_body[:, :3, 3], quat_xyzw[:, 3], quat_xyzw[:, :3]])
     poses = zip(trajectory.timestamps_ns.tolist(), rows, strict=True)
     lines = [f"{timestamp_ns},{_numbers(row, ',')}\n" for timestamp_ns, row in poses]
@@ -326,6 +323,19 @@ def _poses(rotations: FloatArray, positions: FloatArray) -> FloatArray:
     poses[:, :3, :3] = rotations
     poses[:, :3, 3] = positions
     return poses
+
+
+def _tum_line(timestamp_ns: int, position: FloatArray, quat_xyzw: FloatArray) -> str:
+    if timestamp_ns < 0:
+        raise ValueError(f"timestamp_ns: expected zero or more, got {timestamp_ns}")
+    seconds = f"{timestamp_ns // NS_PER_S}.{timestamp_ns % NS_PER_S:09d}"
+    return f"{seconds} {_numbers(position)} {_numbers(quat_xyzw)}\n"
+
+
+def _quat_xyzw(rotations: FloatArray) -> FloatArray:
+    """Unit quaternions (..., 4), w >= 0, of rotations (..., 3, 3)."""
+    quaternions: FloatArray = Rotation.from_matrix(rotations).as_quat(canonical=True)
+    return quaternions
 
 
 def _numbers(values: FloatArray, separator: str = " ") -> str:
