@@ -8,6 +8,7 @@ from frontends.aliked import AlikedConfig
 from frontends.base import check_settings, setting
 from frontends.lightglue import LightGlueConfig
 from frontends.nearest import NearestConfig
+from frontends.orb import OrbConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,14 @@ class PublisherConfig:
 class FrontendConfig:
     """What turns images into features and matches, and where it runs."""
 
-    extractor: AlikedConfig = field(default_factory=AlikedConfig)
+    extractor: AlikedConfig | OrbConfig = field(default_factory=AlikedConfig)
     matcher: LightGlueConfig | NearestConfig = field(default_factory=LightGlueConfig)
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if isinstance(self.extractor, OrbConfig) and not isinstance(self.matcher, NearestConfig):
+            raise ValueError("matcher: orb has binary descriptors and no learned matcher; set name: nearest")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from frontends.aliked import Aliked, AlikedConfig
 from frontends.base import Extractor, Matcher
 from frontends.lightglue import LightGlue, LightGlueConfig
-from frontends.nearest import Nearest
+from frontends.nearest import Nearest, NearestConfig
+from frontends.orb import Orb, OrbConfig
 from frontends.weights import load_state_dict, weights_entry
-from vo.config import FrontendConfig
+from vo.config import Config, FrontendConfig
 from vo.summary import UsedWeights
-from vo.types import ConfigError
+from vo.types import ConfigError, WeightsError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,20 +52,37 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def create_frontend(config: FrontendConfig, device: torch.device, *, falls_back_to_orb: bool = False) -> Frontend:
+def create_frontend(config: FrontendConfig, device: torch.device) -> Frontend:
     """Loads the networks. Raises WeightsError where their weights cannot be had."""
-    weights = []
-    assert isinstance(config.extractor, AlikedConfig)
-    state_dict, file = load_state_dict(f"aliked-{config.extractor.variant}", config.extractor.weights)
-    weights.append(UsedWeights(file.name, file.sha256))
-    extractor = Aliked(config.extractor, state_dict, device)
-    if isinstance(config.matcher, LightGlueConfig):
-        name = f"lightglue-light-{extractor.kind}"
-        state_dict, file = load_state_dict(name, config.matcher.weights)
-        weights.append(UsedWeights(file.name, file.sha256))
-        matcher = LightGlue(config.matcher, state_dict, device, name=name, fits=weights_entry(name).fits)
-    else:
-        matcher = Nearest(config.matcher)
-    return Frontend(
-        extractor, matcher, f"{extractor.kind} + {config.matcher.name}", device_name(device), tuple(weights)
-    )
+    weights: list[UsedWeights] = []
+    match config.extractor:
+        case AlikedConfig():
+            state_dict, file = load_state_dict(f"aliked-{config.extractor.variant}", config.extractor.weights)
+            weights.append(UsedWeights(file.name, file.sha256))
+            extractor: Extractor = Aliked(config.extractor, state_dict, device)
+        case OrbConfig():
+            extractor = Orb(config.extractor)
+    match config.matcher:
+        case LightGlueConfig():
+            name = f"lightglue-light-{extractor.kind}"
+            state_dict, file = load_state_dict(name, config.matcher.weights)
+            weights.append(UsedWeights(file.name, file.sha256))
+            matcher: Matcher = LightGlue(config.matcher, state_dict, device, name=name, fits=weights_entry(name).fits)
+        case NearestConfig():
+            matcher = Nearest(config.matcher)
+    description = f"{extractor.kind} + {config.matcher.name}"
+    return Frontend(extractor, matcher, description, device_name(device), tuple(weights))
+
+
+def create_frontend_or_orb(config: Config, device: torch.device) -> tuple[Config, Frontend]:
+    """Like `create_frontend`; where weights cannot be had, ORB takes the place of the networks.
+
+    Returns the configuration in use.
+    """
+    try:
+        return config, create_frontend(config.frontend, device)
+    except WeightsError as error:
+        without = replace(config.frontend, extractor=OrbConfig(), matcher=NearestConfig())
+        frontend = create_frontend(without, device)
+        fallback = f"ORB takes the place of {config.frontend.extractor.name} + {config.frontend.matcher.name}: {error}"
+        return replace(config, frontend=without), replace(frontend, fallbacks=(fallback,))

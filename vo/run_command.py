@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from vo.config import Config
 from vo.config_loader import dump_config, load_config
-from vo.frontend import create_frontend, select_device
+from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, select_device
 from vo.messages import RunState
 from vo.pipeline import run, stop_on_signals
 from vo.progress import Advance, progress
@@ -18,6 +21,7 @@ from vo.run_meter import RunMeter
 from vo.run_report import PoseLog, report
 from vo.sources import Source, open_source
 from vo.stages import FrameResult, Sink
+from vo.types import WeightsError
 
 INTERRUPTED = 130
 
@@ -56,7 +60,7 @@ def run_command(request: RunRequest) -> int:
         if config.publisher.endpoint != "off":
             publisher = resources.enter_context(Publisher(config.publisher, source.camera))
         device = select_device(config.frontend.device)
-        frontend = create_frontend(config.frontend, device, falls_back_to_orb=request.falls_back_to_orb)
+        config, frontend = load_frontend(config, device, request)
         if recorder is not None:
             recorder.write_config(dump_config(config))
         meter, poses = RunMeter(), PoseLog()
@@ -90,6 +94,19 @@ def requested_config(request: RunRequest) -> Config:
     if request.publish is not None:
         overrides.append(f"publisher.endpoint={request.publish}")
     return load_config(request.config, overrides)
+
+
+def load_frontend(config: Config, device: torch.device, request: RunRequest) -> tuple[Config, Frontend]:
+    """The networks and the configuration in use, which differs where ORB had to take their place."""
+    if request.falls_back_to_orb:
+        config, frontend = create_frontend_or_orb(config, device)
+        for fallback in frontend.fallbacks:
+            print(f"vo: {fallback}", file=sys.stderr, flush=True)
+        return config, frontend
+    try:
+        return config, create_frontend(config.frontend, device)
+    except WeightsError as error:
+        raise WeightsError(f"{error}; or run without them: --fallback-orb") from error
 
 
 def num_frames(source: Source, max_frames: int | None) -> int | None:
