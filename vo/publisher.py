@@ -7,6 +7,7 @@ asks for those it missed. docs/PROTOCOL.md is the specification.
 from __future__ import annotations
 
 import errno
+import math
 import re
 import secrets
 import threading
@@ -48,8 +49,9 @@ SNAPSHOT_BYTES = 1024 * 1024
 SNAPSHOT_QUEUE = 8
 MAX_WAITED_FOR = 256
 MAX_BIND_ATTEMPTS = 50
+FINAL_PERIOD_S = 0.1
 
-RECEIVE_HWM = 2048
+RECEIVE_HWM = 256
 RECONNECT_MS = 100
 GOODBYE_LINGER_MS = 100
 MAX_DRAINED = 256
@@ -181,6 +183,7 @@ class Publisher:
     def publish_pose(self, pose: PoseEstimate) -> None:
         """Publishes one pose, also that of a frame that is lost."""
         with self._lock:
+            self._check_open()
             self._last_pose = pose
             self._send(Topic.POSE, pose)
 
@@ -189,6 +192,7 @@ class Publisher:
         if not self._config.publish_tracks:
             return
         with self._lock:
+            self._check_open()
             self._send(Topic.TRACKS, tracks)
 
     def publish_status(
@@ -198,6 +202,7 @@ class Publisher:
         heartbeat_hz = self._config.heartbeat_hz
         report = StatusReport(state, fps, num_frames, num_dropped, heartbeat_hz=heartbeat_hz)
         with self._lock:
+            self._check_open()
             is_new = report.state is not self._report.state
             self._report = report
             if is_new:
@@ -243,10 +248,12 @@ class Publisher:
         self._waker.bind("inproc://waker")
         self._wakened.connect("inproc://waker")
 
-    def _send(self, topic: Topic, body: Body) -> None:
-        """Publishes and keeps one message; the lock is held."""
+    def _check_open(self) -> None:
         if self._is_closed:
             raise ValueError("the publisher is closed")
+
+    def _send(self, topic: Topic, body: Body) -> None:
+        """Publishes and keeps one message; the lock is held."""
         data = encode(Message(self._header(topic, self.num_sent[topic], body), body))
         self._publisher.send(data, zmq.NOBLOCK)
         self.num_sent[topic] += 1
@@ -288,17 +295,18 @@ class Publisher:
         waited_for: dict[bytes, None] = {}
         next_heartbeat_s = time.monotonic()
         while True:
-            now_s = time.monotonic()
-            deadline_s = self._close_deadline_s
+            now_s, deadline_s = time.monotonic(), self._close_deadline_s
             if deadline_s is not None and (not waited_for or now_s >= deadline_s):
                 break
-            if deadline_s is None and now_s >= next_heartbeat_s:
-                next_heartbeat_s = now_s + 1 / self._config.heartbeat_hz
+            if now_s >= next_heartbeat_s:
                 self._beat()
-            wait_s = (next_heartbeat_s if deadline_s is None else deadline_s) - now_s
+                # At the end the queue of a consumer that lags may be full and drop the final status: say it again.
+                next_heartbeat_s = now_s + (FINAL_PERIOD_S if self._is_closed else 1 / self._config.heartbeat_hz)
+            wait_s = min(next_heartbeat_s, math.inf if deadline_s is None else deadline_s) - now_s
             events = dict(poller.poll(max(0, int(wait_s * 1000) + 1)))
             if self._wakened in events:
                 self._wakened.recv()
+                next_heartbeat_s = now_s
             if self._router in events:
                 self._answer(self._router.recv_multipart(), waited_for)
         self._wakened.close(linger=0)
@@ -306,9 +314,8 @@ class Publisher:
     def _beat(self) -> None:
         """The heartbeat, with the camera: a consumer needs no snapshot to get it."""
         with self._lock:
-            if not self._is_closed:
-                self._send(Topic.CAMERA, self._camera)
-                self._send_status()
+            self._send(Topic.CAMERA, self._camera)
+            self._send_status()
 
     def _answer(self, parts: list[bytes], waited_for: dict[bytes, None]) -> None:
         """Answers one request: the sender's identity, with or without an empty part (REQ, DEALER), and the request."""
