@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from frontends.aliked_detection import detect
+from frontends.aliked_detection import ROUNDS, detect
+from frontends.aliked_inference import AlikedInference
 from frontends.aliked_network import ARCHITECTURES, STRIDE, load_network
 from frontends.base import Features, check_settings, resized_shape, setting, to_full_resolution
 
@@ -26,6 +27,9 @@ class AlikedConfig:
     max_keypoints: int = setting(1024, minimum=1, maximum=16384, help="keypoints per image at most")
     score_threshold: float | None = setting(
         None, minimum=0.0, maximum=1.0, help="scores below are dropped; none keeps the strongest whatever they score"
+    )
+    suppression_rounds: int = setting(
+        ROUNDS, minimum=1, maximum=ROUNDS, help="1 keeps local maxima only; more add weaker peaks beside strong ones"
     )
     max_side: int | None = setting(None, minimum=64, help="larger images are shrunk to this longer side, px")
     precision: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="of the network's arithmetic")
@@ -46,7 +50,7 @@ class Aliked:
     ) -> None:
         self.config = config
         self.device = torch.device(device)
-        self.network = load_network(config.variant, state_dict).to(self.device)
+        self.network = AlikedInference(load_network(config.variant, state_dict), self.device)
 
     @property
     def kind(self) -> str:
@@ -55,7 +59,7 @@ class Aliked:
     @property
     def formulation(self) -> str:
         """How the network is evaluated and at which precision, for the summary of a run."""
-        return "full-resolution maps, float32"
+        return f"low-resolution branches, float32 on {self.device.type}"
 
     @torch.inference_mode()
     def extract(self, image: NDArray[np.uint8]) -> Features:
@@ -68,11 +72,10 @@ class Aliked:
         resized = resized_shape(*full, self.config.max_side)
         if resized != full:
             image = np.asarray(cv2.resize(image, resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(self.device).float() / 255
-        rgb = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
-        maps = self.network(rgb.unsqueeze(0))
-        found = detect(maps.score_map, self.config.max_keypoints, self.config.score_threshold)
-        descriptors = self.network.describe(maps.feature_map, found.keypoints)[0]
+        pyramid = self.network(as_batch(image, self.device))
+        config = self.config
+        found = detect(pyramid.score_map, config.max_keypoints, config.score_threshold, config.suppression_rounds)
+        descriptors = self.network.describe(pyramid, found.keypoints)[0]
         num_valid = int(found.num_valid[0])
         is_valid = (torch.arange(len(descriptors), device=self.device) < num_valid).unsqueeze(1)
         keypoints = to_full_resolution(found.keypoints[0], resized, full)
@@ -94,3 +97,10 @@ def check_image(image: NDArray[np.uint8]) -> tuple[int, int]:
     if min(height, width) < STRIDE:
         raise ValueError(f"image: expected sides of at least {STRIDE} px, got {width}x{height}")
     return width, height
+
+
+def as_batch(image: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """(H, W, 3) or (H, W) uint8 -> (1, 3, H, W) float32 in [0, 1], channels-last."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device)
+    rgb = pixels if pixels.ndim == 3 else pixels.unsqueeze(-1).expand(-1, -1, 3)
+    return (rgb.float() / 255).permute(2, 0, 1).unsqueeze(0)

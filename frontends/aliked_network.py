@@ -58,6 +58,12 @@ def padding_to_stride(height: int, width: int) -> tuple[int, int, int, int]:
     return pad_x // 2, pad_x - pad_x // 2, pad_y // 2, pad_y - pad_y // 2
 
 
+def pad_to_stride(images: Tensor) -> Tensor:
+    """(B, C, H, W) with its border pixels repeated until both sides are multiples of STRIDE."""
+    padding = padding_to_stride(images.shape[2], images.shape[3])
+    return functional.pad(images, padding, mode="replicate") if any(padding) else images
+
+
 def tap_offsets(device: torch.device) -> Tensor:
     """(9, 2) float32, the (dy, dx) of the taps of a 3x3 kernel in row-major order."""
     steps = torch.arange(-1.0, 2.0, device=device)
@@ -205,9 +211,8 @@ class AlikedNetwork(nn.Module):
     def forward(self, images: Tensor) -> DenseMaps:
         """images (B, 3, H, W) float RGB in [0, 1], any H and W of at least STRIDE px."""
         height, width = images.shape[2:]
-        left, right, top, bottom = padding_to_stride(height, width)
-        padded = functional.pad(images, (left, right, top, bottom), mode="replicate")
-        aggregated = self.aggregate(padded)
+        left, _, top, _ = padding_to_stride(height, width)
+        aggregated = self.aggregate(pad_to_stride(images))
         score_map = torch.sigmoid(self.score_head(aggregated))
         feature_map = functional.normalize(aggregated, dim=1)
         inside = (..., slice(top, top + height), slice(left, left + width))
