@@ -82,7 +82,7 @@ class Inbox:
         self._retired: deque[str] = deque(maxlen=16)
         self._ready: deque[Message] = deque()
         self._gaps: list[Gap] = []
-        self._is_end_taken = False
+        self._is_farewell_taken = self._is_end_taken = False
         self._ask_s = 0.0
         self._asking_since_s: float | None = None
         self._retry_s = FIRST_RETRY_S
@@ -130,8 +130,15 @@ class Inbox:
         gaps, self._gaps = tuple(self._gaps), []
         return gaps
 
+    def take_farewell(self) -> bool:
+        """True once for a run, when everything has come: the publisher need not wait any more."""
+        if self._is_farewell_taken or not self._is_over():
+            return False
+        self._is_farewell_taken = True
+        return True
+
     def take_end(self) -> bool:
-        """True once for a run, when it is complete."""
+        """True once for a run, when everything has been handed out too."""
         if self._is_end_taken or not self.is_complete:
             return False
         self._is_end_taken = True
@@ -237,7 +244,7 @@ class Inbox:
             self._retired.append(self._session.session_id)
         self._session = _Session(session_id)
         self.num_sessions += 1
-        self._is_end_taken = False
+        self._is_farewell_taken = self._is_end_taken = False
         self._asking_since_s, self._ask_s = None, 0.0
         return self._session
 

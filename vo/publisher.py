@@ -409,11 +409,12 @@ class Subscriber:
             request = self.inbox.next_request(now_s)
             if request is not None:
                 self.inbox.note_request(now_s, was_sent=self._send(request))
+            if self.inbox.take_farewell():
+                self._send(Request(RequestKind.GOODBYE))
             message = self.inbox.take()
             if message is not None:
                 return message
             if self.inbox.take_end():
-                self._send(Request(RequestKind.GOODBYE))
                 return None
             if deadline_s is not None and now_s >= deadline_s:
                 return None
