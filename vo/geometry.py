@@ -235,29 +235,50 @@ def _tangent_basis(direction: FloatArray) -> FloatArray:
 def refine_relative_pose(
     T_camera0_camera1: FloatArray, rays0: FloatArray, rays1: FloatArray, scale: float, num_iterations: int = 10
 ) -> tuple[FloatArray, FloatArray]:
-    """Minimises the Cauchy-weighted Sampson distance over rotation and direction of translation.
+    """Minimises the Sampson distance over rotation and direction of translation, with a Geman-McClure kernel.
 
-    `scale` is the kernel's width on the plane z = 1. Returns the refined (4, 4) pose with unit translation, and the
-    (6, 6) covariance of its right perturbation, zero along the translation, which matches cannot see.
+    `scale` is the kernel's width on the plane z = 1; the kernel forgets what lies far beyond it. Returns the refined
+    (4, 4) pose with unit translation, and the (6, 6) covariance of its right perturbation, zero along the translation,
+    which matches cannot see.
     """
     x0, x1 = homogeneous(rays0), homogeneous(rays1)
     T = make_pose(T_camera0_camera1[:3, :3], T_camera0_camera1[:3, 3] / np.linalg.norm(T_camera0_camera1[:3, 3]))
     for _ in range(num_iterations):
         jacobian, residual, basis = _sampson_system(T, x0, x1)
-        weights = 1.0 / (1.0 + (residual / scale) ** 2)
-        H = (jacobian * weights[:, None]).T @ jacobian
-        step = -solve_symmetric(H, jacobian.T @ (weights * residual))
+        weights = 1.0 / (1.0 + (residual / scale) ** 2) ** 2
+        step = -solve_symmetric((jacobian * weights[:, None]).T @ jacobian, jacobian.T @ (weights * residual))
         t = T[:3, 3] + T[:3, :3] @ basis @ step[:2]
         T = make_pose(T[:3, :3] @ exp_so3(step[2:]), t / np.linalg.norm(t))
-        if np.linalg.norm(step) < 1e-10:
+        if np.linalg.norm(step) < 1e-9:
             break
     jacobian, residual, basis = _sampson_system(T, x0, x1)
-    weights = 1.0 / (1.0 + (residual / scale) ** 2)
+    weights = 1.0 / (1.0 + (residual / scale) ** 2) ** 2
     variance = float(np.sum(weights * residual**2) / max(np.sum(weights) - 5.0, 1.0))
     reduced = np.linalg.pinv((jacobian * weights[:, None]).T @ jacobian, hermitian=True) * variance
     expand = np.zeros((6, 5))
     expand[:3, :2], expand[3:, 2:] = basis, np.eye(3)
     return T, expand @ reduced @ expand.T
+
+
+def _refine_to_noise(
+    T: FloatArray, rays0: FloatArray, rays1: FloatArray, threshold: float
+) -> tuple[FloatArray, FloatArray]:
+    """Refinement with a kernel that shrinks to the noise of the inliers.
+
+    Outliers fill the inlier band evenly, good matches crowd near zero: a kernel as wide as the band would let the
+    outliers in it pull, one of about two standard deviations lets the good matches decide.
+    """
+    covariance = np.zeros((6, 6))
+    gate = threshold
+    for _ in range(4):
+        distance = np.abs(sampson_distance(essential_matrix(T), rays0, rays1))
+        if (distance < gate).sum() < 6:
+            break
+        sigma = max(1.4826 * float(np.median(distance[distance < gate])), 1e-3 * threshold)
+        near = distance < 6 * sigma
+        T, covariance = refine_relative_pose(T, rays0[near], rays1[near], 2.5 * sigma)
+        gate = 3 * sigma
+    return T, covariance
 
 
 def _sampson_system(T: FloatArray, x0: FloatArray, x1: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -296,7 +317,7 @@ def estimate_relative_pose(
     if inliers.sum() < config.min_inliers:
         return Rejection.TOO_FEW_INLIERS
     T, in_front = _best_decomposition(E, rays0[inliers], rays1[inliers])
-    T, covariance = refine_relative_pose(T, rays0[inliers], rays1[inliers], threshold)
+    T, covariance = _refine_to_noise(T, rays0, rays1, threshold)
     inliers = np.abs(sampson_distance(essential_matrix(T), rays0, rays1)) < threshold
     if inliers.sum() < config.min_inliers:
         return Rejection.TOO_FEW_INLIERS

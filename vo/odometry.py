@@ -149,7 +149,7 @@ class Odometry:
     def _try_first_map(
         self, view: View, matches: Matches, relative: RelativePose, rows0: IntArray, rows1: IntArray
     ) -> OdometryStep | None:
-        """The first landmarks, in units of their median depth; None if there are too few."""
+        """The first landmarks, in units of the inliers' median depth; None if there are too few."""
         origin = self._window.keyframes[0]
         T, inliers = relative.T_camera0_camera1, relative.inliers
         depths, _ = ray_depths(T, origin.rays[rows0[inliers]], view.rays[rows1[inliers]])
@@ -186,18 +186,17 @@ class Odometry:
     ) -> OdometryStep:
         """Reports the rotation and holds the translation; starts over where the first keyframe is out of sight."""
         origin = self._window.keyframes[0]
-        rejection = Rejection.LOW_PARALLAX if isinstance(relative, RelativePose) else relative
         is_stationary = self._is_still(view)
+        rejection = Rejection.LOW_PARALLAX if isinstance(relative, RelativePose) else relative
         if is_stationary:
             R = np.eye(3)
+        elif isinstance(relative, RelativePose):
+            R = relative.T_camera0_camera1[:3, :3]
         elif len(rows0) >= self._two_view.min_inliers:
             R = fit_rotation(origin.rays[rows0], view.rays[rows1], self._two_view.threshold_px / self._camera.focal_px)
         else:
-            R = (
-                invert_pose(origin.T_world_camera)[:3, :3]
-                @ self._previous_pose()[:3, :3]
-                @ motion.T_previous_current[:3, :3]
-            )
+            T_origin_previous = invert_pose(origin.T_world_camera) @ self._previous_pose()
+            R = (T_origin_previous @ motion.T_previous_current)[:3, :3]
         view.T_world_camera = origin.T_world_camera @ make_pose(R, np.zeros(3))
         self._observe(view)
         restart = len(rows0) < max(self._two_view.min_inliers, len(origin.keypoints) // 10)
@@ -251,7 +250,7 @@ class Odometry:
             self._window.add(view, self._tracks)
             self._window_is_stale = True
         self._accept(view, is_moving=not is_stationary)
-        self._status = TrackingStatus.TRACKING
+        self._status = self._found_status()
         return self._posed_step(
             view,
             matches,
@@ -351,14 +350,16 @@ class Odometry:
         view.track_ids[rows[~pose.inliers]] = -1
         view.T_world_camera = pose.T_world_camera
         self._observe(view)
-        was_lost = self._status is TrackingStatus.LOST
         self._accept(view, is_moving=True)
         self._last_motion = np.eye(4)
         self._window.add(view, self._tracks)
         self._window_is_stale = True
-        self._status = TrackingStatus.RELOCALIZED if was_lost else TrackingStatus.TRACKING
+        self._status = self._found_status()
         num_inliers = int(pose.inliers.sum())
         return self._posed_step(view, matches, num_inliers=num_inliers, is_keyframe=True, covariance=pose.covariance)
+
+    def _found_status(self) -> TrackingStatus:
+        return TrackingStatus.RELOCALIZED if self._status is TrackingStatus.LOST else TrackingStatus.TRACKING
 
     def _lose(self, view: View, matches: Matches | None, rejection: Rejection) -> OdometryStep:
         self._num_lost += 1

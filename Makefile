@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make demo` and `make test`. PIP_ARGS reaches pip, e.g. for an index of CPU-only torch.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint format install install-dev check-python clean
+
+help:
+	@echo "make demo     install into $(VENV), replay the bundled clip, evaluate it, write out/demo/"
+	@echo "make test     install the development tools, run the tests"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   let ruff format and fix what it can"
+	@echo "make clean    remove $(VENV) and caches (results in out/ stay)"
+
+demo: install
+	$(BIN)/vo run demo --config demo --output out/demo --publish off --fallback-orb
+
+test: install-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lightvo needs Python 3.11 or newer; name one: make demo PYTHON=python3.12"; exit 2; }
+
+$(BIN)/python: | check-python
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "no virtual environment could be made: install your system's venv package (Debian: python3-venv)"; exit 2; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,record]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
