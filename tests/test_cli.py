@@ -16,9 +16,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from synthetic_drive import HEIGHT, WIDTH, write_drive
-from synthetic_sources import cut_short, gray_image, write_image, write_kitti, write_tum, write_video
 
+from tests.synthetic_drive import HEIGHT, WIDTH, write_drive
+from tests.synthetic_sources import cut_short, gray_image, write_image, write_kitti, write_tum, write_video
 from vo import cli
 from vo.config import Config
 from vo.config_loader import load_config
@@ -180,8 +180,8 @@ def test_flags_override_the_file(drive: Path, tmp_path: Path) -> None:
 def test_two_runs_give_the_same_trajectory(drive: Path, tmp_path: Path) -> None:
     """Bit for bit, with threads and without."""
     for name, threaded in (("a", "true"), ("b", "true"), ("c", "false")):
-        arguments = (*ORB, "--quiet", "--set", f"pipeline.threaded={threaded}", "--output", tmp_path / name)
-        assert vo("run", drive, *arguments) == 0
+        arguments = ("--max-frames", 12, "--set", f"pipeline.threaded={threaded}", "--output", tmp_path / name)
+        assert vo("run", drive, *ORB, "--quiet", *arguments) == 0
     first, *others = [(tmp_path / name / "trajectory_kitti.txt").read_bytes() for name in "abc"]
     assert all(other == first for other in others)
 
@@ -199,7 +199,7 @@ def test_evaluation_that_is_not_possible_does_not_fail_the_run(
 ) -> None:
     sequence = write_drive(tmp_path, 6)
     (tmp_path / "poses" / "05.txt").write_text("1 0 0 0 0 1 0 0 0 0 1 0\n")
-    assert vo("run", sequence, *ORB) in (0, 2)
+    assert vo("run", sequence, *ORB) == 0
     assert "evaluation  none: " in capsys.readouterr().out
 
 
@@ -301,7 +301,7 @@ def test_missing_weights_offline(drive: Path, tmp_path: Path) -> None:
 
 def test_missing_weights_offline_with_a_way_out(drive: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    arguments = ("--publish", "off", "--fallback-orb", "--output", output)
+    arguments = ("--publish", "off", "--fallback-orb", "--max-frames", 5, "--output", output)
     process = vo_process("run", drive, *arguments, env=offline(tmp_path))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -525,7 +525,7 @@ def test_real_sequences_run(spec: str, tmp_path: Path) -> None:
     assert summary["frames_processed"] == 20
     assert summary["evaluation"] is not None
     if spec.startswith("euroc"):
-        assert summary["stationary_frames"] >= 18, "the vehicle stands still"
+        assert summary["stationary_frames"] > 15, "the vehicle stands still"
 
 
 def test_tum_directory_with_few_frames(tmp_path: Path) -> None:

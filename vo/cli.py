@@ -143,6 +143,10 @@ def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    # Read when the libraries are loaded. Three stages already keep the cores busy: BLAS threads for matrices of a few
+    # hundred rows, and OpenMP threads that spin while they wait, then cost up to ten times what they save.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vo.run_command import RunRequest, run_command
 
     return run_command(
