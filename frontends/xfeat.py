@@ -1,0 +1,205 @@
+"""XFeat, sparse: up to K whole-pixel keypoints with 64-dimensional descriptors.
+
+Potje et al., "XFeat: Accelerated Features for Lightweight Image Matching", CVPR 2024. The sampling convention is that
+of the published weights: a keypoint p of an image of width W is read at p w / (W - 1) - 1/2 in a map of width w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from frontends.base import Features, check_settings, resized_shape, setting, to_full_resolution
+from frontends.xfeat_network import CELL_PX, STRIDE_PX, XFeatMaps, load_network
+
+# Free parameter of the cubic convolution kernel (Keys 1981), as PyTorch's bicubic sampling has it.
+_CUBIC = -0.75
+_NMS_RADIUS_PX = 2
+
+
+@dataclass(frozen=True, slots=True)
+class XFeatConfig:
+    """XFeat: how many keypoints, from which score on, at which resolution and precision."""
+
+    name: Literal["xfeat"] = "xfeat"
+    max_keypoints: int = setting(1024, minimum=1, maximum=16384, help="keypoints per image at most")
+    detection_threshold: float = setting(0.05, minimum=0.0, maximum=1.0, help="probability a keypoint has to exceed")
+    max_side: int | None = setting(None, minimum=64, help="larger images are shrunk to this longer side, px")
+    precision: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="of the backbone's arithmetic")
+    weights: str | None = setting(None, help="file of weights; none takes those of the registry")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+class XFeat:
+    """Extracts sparse XFeat features; holds the network on one device.
+
+    Raises WeightsError when the state dict is not one of XFeat.
+    """
+
+    def __init__(
+        self, config: XFeatConfig, state_dict: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self._network = load_network(state_dict, self.device, picked_precision(config.precision))
+
+    @property
+    def kind(self) -> str:
+        return "xfeat"
+
+    @property
+    def precision(self) -> str:
+        """Precision of the backbone, for the summary of a run; stem and heads always work in float32."""
+        return str(self._network.dtype).removeprefix("torch.")
+
+    @torch.inference_mode()
+    def extract(self, image: NDArray[np.uint8]) -> Features:
+        """Features of one image (H, W, 3) RGB or (H, W) gray, uint8, best first; rows beyond `num_valid` are zeros.
+
+        Raises ValueError when the image is not of such a shape and type, or smaller than 32 px.
+        """
+        full = check_image(image)
+        resized = resized_shape(*full, self.config.max_side)
+        if resized != full:
+            image = np.asarray(cv2.resize(image, resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+        gray = network_input(image, self.device)
+        found = detect(self._network(gray), self.config.max_keypoints, self.config.detection_threshold)[0]
+        # The published code multiplies by the ratio of the sizes without minding pixel centres: at most 0.04 px off.
+        ratio = gray.new_tensor([resized[0] / gray.shape[3], resized[1] / gray.shape[2]])
+        keypoints = to_full_resolution(found.keypoints * ratio, resized, full)
+        keypoints[found.num_valid :] = 0
+        return Features(keypoints, found.scores, found.descriptors, found.num_valid, full, self.kind)
+
+
+def check_image(image: NDArray[np.uint8]) -> tuple[int, int]:
+    """(width, height) px of an image that XFeat accepts; raises ValueError for others."""
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise ValueError(f"image: expected (H, W, 3) or (H, W) uint8, got {image.shape} {image.dtype}")
+    height, width = image.shape[:2]
+    if min(height, width) < STRIDE_PX:
+        raise ValueError(f"image: expected sides of at least {STRIDE_PX} px, got {width}x{height}")
+    return width, height
+
+
+def picked_precision(requested: str) -> torch.dtype:
+    """Precision of the backbone: "auto" is float32 on every machine.
+
+    bfloat16 is faster where the CPU multiplies matrices of it (AMX), but moves scores by up to 1e-2, beyond the 1e-3
+    that this port promises; it has to be asked for.
+    """
+    return torch.bfloat16 if requested == "bfloat16" else torch.float32
+
+
+def network_input(image: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """(1, 1, H', W') float32 in [0, 1]: mean of the channels, resized to the next lower multiples of 32."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device)
+    if pixels.ndim == 3:
+        gray = pixels[..., 0].float().add_(pixels[..., 1]).add_(pixels[..., 2]).mul_(1 / (3 * 255))
+    else:
+        gray = pixels.float().mul_(1 / 255)
+    size = [side // STRIDE_PX * STRIDE_PX for side in gray.shape]
+    batch = gray[None, None]
+    return batch if size == list(gray.shape) else F.interpolate(batch, size, mode="bilinear", align_corners=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Detections:
+    """Keypoints (K, 2) px of the network's input, scores (K,), unit descriptors (K, 64); zeros from `num_valid` on."""
+
+    keypoints: Tensor
+    scores: Tensor
+    descriptors: Tensor
+    num_valid: int
+
+
+def detect(maps: XFeatMaps, max_keypoints: int, threshold: float) -> list[Detections]:
+    """The keypoints with the best product of probability and reliability, for every image of the batch."""
+    heat = heatmap(maps.keypoint_logits)
+    is_peak = local_maxima(heat) & (heat > threshold)
+    # The published code reads the heat map at the nearest pixel, which lies outside for the last row and column.
+    is_peak[:, -1] = False
+    is_peak[:, :, -1] = False
+    descriptors = F.normalize(maps.descriptors, dim=-1)
+    return [
+        _best(heat[index], is_peak[index], maps.reliability[index], descriptors[index], max_keypoints)
+        for index in range(len(heat))
+    ]
+
+
+def _best(heat: Tensor, is_peak: Tensor, reliability: Tensor, descriptors: Tensor, max_keypoints: int) -> Detections:
+    height, width = heat.shape
+    rows, columns = is_peak.nonzero(as_tuple=True)
+    points = torch.stack((columns, rows), dim=1).float()
+    scores = heat[rows, columns] * sample(reliability.unsqueeze(-1), points, (width, height), "bilinear")[:, 0]
+    scores, order = scores.topk(min(max_keypoints, len(scores)))
+    points = points[order]
+    found = F.normalize(sample(descriptors, points, (width, height), "bicubic"), dim=-1)
+    padding = max_keypoints - len(scores)
+    return Detections(
+        F.pad(points, (0, 0, 0, padding)), F.pad(scores, (0, padding)), F.pad(found, (0, 0, 0, padding)), len(scores)
+    )
+
+
+def heatmap(keypoint_logits: Tensor) -> Tensor:
+    """(B, H, W) probability of a keypoint at each pixel, of logits (B, h, w, 65)."""
+    batch, height, width, _ = keypoint_logits.shape
+    cells = keypoint_logits.softmax(dim=-1)[..., :-1].reshape(batch, height, width, CELL_PX, CELL_PX)
+    return cells.transpose(2, 3).reshape(batch, height * CELL_PX, width * CELL_PX)
+
+
+def local_maxima(heat: Tensor) -> Tensor:
+    """(B, H, W) bool: nothing within 5x5 px is larger. `heat` is positive."""
+    largest = _running_maximum(_running_maximum(heat).mT).mT
+    return heat == largest
+
+
+def _running_maximum(values: Tensor) -> Tensor:
+    """Largest of five neighbours along the last dimension, by doubling: three passes instead of five."""
+    padded = F.pad(values, (_NMS_RADIUS_PX, _NMS_RADIUS_PX))
+    of_two = torch.maximum(padded[..., :-1], padded[..., 1:])
+    of_four = torch.maximum(of_two[..., :-2], of_two[..., 2:])
+    return torch.maximum(of_four[..., :-1], padded[..., 4:])
+
+
+def sample(values: Tensor, points: Tensor, size: tuple[int, int], kernel: Literal["bilinear", "bicubic"]) -> Tensor:
+    """(N, C) values of a map (h, w, C) at `points` (N, 2) px of an image of `size` (width, height); zero outside."""
+    height, width, channels = values.shape
+    columns, weights_x = _taps(points[:, 0] * (width / (size[0] - 1)) - 0.5, width, kernel)
+    rows, weights_y = _taps(points[:, 1] * (height / (size[1] - 1)) - 0.5, height, kernel)
+    indices = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
+    weights = (weights_y[:, :, None] * weights_x[:, None, :]).flatten(1)
+    return F.embedding_bag(indices, values.reshape(height * width, channels), per_sample_weights=weights, mode="sum")
+
+
+def _taps(positions: Tensor, length: int, kernel: Literal["bilinear", "bicubic"]) -> tuple[Tensor, Tensor]:
+    """Indices (N, T) and weights (N, T) that interpolate at `positions` (N,) of a line; weight 0 outside."""
+    first = positions.floor()
+    offset = (positions - first)[:, None]
+    if kernel == "bilinear":
+        steps = torch.arange(0, 2, device=positions.device)
+        weights = torch.cat((1 - offset, offset), dim=1)
+    else:
+        steps = torch.arange(-1, 3, device=positions.device)
+        weights = _cubic_weights(offset)
+    indices = first.long()[:, None] + steps
+    is_inside = (indices >= 0) & (indices < length)
+    return indices.clamp(0, length - 1), weights * is_inside
+
+
+def _cubic_weights(offset: Tensor) -> Tensor:
+    """(N, 4) weights of the neighbours at -1, 0, 1, 2 for a position `offset` (N, 1) in [0, 1)."""
+    near = torch.cat((offset, 1 - offset), dim=1)
+    far = near + 1
+    inner = ((_CUBIC + 2) * near - (_CUBIC + 3)) * near * near + 1
+    outer = ((_CUBIC * far - 5 * _CUBIC) * far + 8 * _CUBIC) * far - 4 * _CUBIC
+    return torch.stack((outer[:, 0], inner[:, 0], inner[:, 1], outer[:, 1]), dim=1)
