@@ -219,6 +219,31 @@ def test_a_snapshot_alone_tells_that_the_run_is_over() -> None:
     assert inbox.is_complete and inbox.final_state is RunState.INTERRUPTED
 
 
+def test_an_early_answer_does_not_cut_off_the_subscription() -> None:
+    """A snapshot overtakes what is still on its way: with other topics, the end is where the subscription ends."""
+    run, inbox = Run(), Inbox([Topic.POSE, Topic.TRACKS])
+    inbox.accept_published(run.pose(), 0.0)
+    inbox.accept_published(run.tracks(), 0.0)
+    late = [run.tracks(), run.status(RunState.FINISHED)]
+    inbox.accept_answer(run.answer(Request(RequestKind.SNAPSHOT)), 0.0)
+    assert len(taken(inbox)) == 2 and not inbox.is_complete and not inbox.take_farewell()
+    for data in late:
+        inbox.accept_published(data, 0.1)
+    assert taken(inbox) == [1] and inbox.is_complete and inbox.take_farewell() and not inbox.take_farewell()
+
+
+def test_an_end_that_never_comes_by_subscription_is_believed_after_a_while() -> None:
+    run, inbox = Run(), Inbox([Topic.POSE, Topic.TRACKS])
+    inbox.accept_published(run.pose(), 0.0)
+    run.status(RunState.FINISHED)
+    inbox.accept_answer(run.answer(Request(RequestKind.SNAPSHOT)), 1.0)
+    assert taken(inbox) == [0]
+    ask(inbox, GIVE_UP_S)
+    assert not inbox.is_complete
+    ask(inbox, GIVE_UP_S + 1.5)
+    assert inbox.is_complete and inbox.final_state is RunState.FINISHED and inbox.next_request_s is None
+
+
 def test_without_answers_the_poses_come_after_a_while_with_the_loss_noted() -> None:
     run, inbox = Run(), Inbox([Topic.POSE])
     missed = run.pose()

@@ -42,6 +42,7 @@ class _Session:
     num_poses     poses published, as far as the publisher said; those before must come or be asked for.
     is_caught_up  the snapshot has been received up to its end, or there is none to be had.
     is_heard      a message came by subscription: from then on no loss goes unnoticed.
+    end           the final state and when a snapshot told it, while the subscription may still have more.
     """
 
     session_id: str
@@ -50,6 +51,7 @@ class _Session:
     num_poses: int = 0
     is_caught_up: bool = False
     is_heard: bool = False
+    end: tuple[RunState, float] | None = None
     final_state: RunState | None = None
 
 
@@ -181,7 +183,7 @@ class Inbox:
         session = self._session
         if session is not None and session.session_id == message.header.session_id:
             self._asking_since_s = None
-            if self._accept_snapshot(session, message.body):
+            if self._accept_snapshot(session, message.body, now_s):
                 self._ask_s = now_s
 
     def next_request(self, now_s: float) -> Request | None:
@@ -192,6 +194,10 @@ class Inbox:
         if now_s < self._ask_s:
             return None
         session = self._session
+        if session is not None and session.end is not None:
+            state, end_s = session.end
+            if now_s - max(end_s, self.last_heard_s or end_s) > GIVE_UP_S:
+                session.final_state = state
         if session is not None and self._asking_since_s is not None and now_s - self._asking_since_s > GIVE_UP_S:
             session.is_caught_up = True
             self._asking_since_s = now_s
@@ -234,7 +240,7 @@ class Inbox:
             return 0
         next_sequence = session.merge.next_sequence
         is_missing = session.merge.num_pending > 0 or session.num_poses > next_sequence
-        is_settled = session.is_caught_up and session.is_heard and not is_missing
+        is_settled = session.is_caught_up and session.is_heard and session.end is None and not is_missing
         return None if is_settled else next_sequence
 
     def _begin(self, session_id: str) -> _Session:
@@ -282,7 +288,7 @@ class Inbox:
                 self._note_gap(session, topic, expected, report.num_sent[topic])
                 session.expected[topic] = max(expected, report.num_sent[topic])
 
-    def _accept_snapshot(self, session: _Session, snapshot: Snapshot) -> bool:
+    def _accept_snapshot(self, session: _Session, snapshot: Snapshot, now_s: float) -> bool:
         """Merges the poses of an answer; whether that brought anything."""
         next_sequence = session.merge.next_sequence
         self._give_up_before(session, min(snapshot.oldest_sequence, snapshot.num_sent))
@@ -298,8 +304,10 @@ class Inbox:
         if session.merge.next_sequence >= snapshot.num_sent:
             session.is_caught_up = True
         if snapshot.state.is_final:
-            session.final_state = snapshot.state
             session.num_poses = max(session.num_poses, snapshot.num_sent)
+            session.end = session.end or (snapshot.state, now_s)
+            if self._topics == (Topic.POSE,):
+                session.final_state = snapshot.state
         return session.merge.next_sequence > next_sequence
 
     def _give_up_before(self, session: _Session, limit: int) -> None:
