@@ -11,17 +11,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from io import StringIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.synthetic_drive import HEIGHT, WIDTH, write_drive
 from tests.synthetic_sources import cut_short, gray_image, write_image, write_kitti, write_tum, write_video
 from vo import cli
 from vo.config import Config
 from vo.config_loader import load_config
+from vo.progress import progress
 from vo.trajectory import read_trajectory
 
 ROOT = Path(__file__).parents[1]
@@ -142,10 +145,9 @@ def test_run_leaves_everything_in_the_output(drive: Path, tmp_path: Path, capsys
     output = tmp_path / "deep" / "out"
     assert vo("run", f"kitti:{drive}", *ORB, "--output", output) == 0
     out, err = capsys.readouterr()
-    assert f"{NUM_FRAMES} read, {NUM_FRAMES} processed, 0 dropped, 0 skipped" in out
-    assert re.search(r"poses +20 of 20, [1-9]\d* keyframes, lost never", out)
+    assert re.search(r"frames +20 read, 20 with a pose, [1-9]\d* keyframes; 0 dropped, 0 skipped, lost never", out)
     assert re.search(r"evaluation +ATE [\d.e-]+ m over 1\.9 m \(sim3\)", out)
-    assert re.search(r"speed +[\d.]+ fps; latency p50 \d+ ms, p95 \d+ ms", out)
+    assert re.search(r"speed +[\d.]+ fps with orb \+ nearest on cpu; latency p50 \d+ ms, p95 \d+ ms", out)
     assert str(output) in out
     assert err.startswith("frame 1 of 20: ")
     expected = {"trajectory_tum.txt", "trajectory_kitti.txt", "summary.json", "config.yaml", "trajectory.png"}
@@ -203,6 +205,18 @@ def test_evaluation_that_is_not_possible_does_not_fail_the_run(
     assert "evaluation  none: " in capsys.readouterr().out
 
 
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
+    terminal, file = StringIO(), StringIO()
+    with progress(3, console=Console(file=terminal, force_terminal=True, width=80)) as advance:
+        for _ in range(3):
+            advance("tracking, 9.0 fps")
+    assert "3/3" in terminal.getvalue() and "tracking, 9.0 fps" in terminal.getvalue()
+    with progress(None, console=Console(file=file)) as advance:
+        for _ in range(3):
+            advance("tracking, 9.0 fps")
+    assert file.getvalue() == "frame 1: tracking, 9.0 fps\n", "the next line is seconds away"
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +266,7 @@ def test_corrupt_image_in_the_middle_is_skipped_and_reported(tmp_path: Path, cap
     (sequence / "image_0" / "000007.png").write_bytes(b"\x89PNG but no more")
     assert vo("run", sequence, *ORB, "--output", tmp_path / "out") == 0
     out, err = capfd.readouterr()
-    assert "19 read, 19 processed, 0 dropped, 1 skipped" in out
+    assert re.search(r"19 read, 19 with a pose, \d+ keyframes; 0 dropped, 1 skipped", out)
     assert re.search(r"skipped +000007\.png: ", out)
     assert all(line.startswith("frame ") for line in err.splitlines()), err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

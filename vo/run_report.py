@@ -10,7 +10,7 @@ import numpy as np
 from vo.evaluation import Comparison, compare
 from vo.frontend import Frontend
 from vo.pipeline import summarise
-from vo.recorder import Recorder
+from vo.recorder import CONFIG_NAME, PLOT_NAME, SUMMARY_NAME, TUM_NAME, Recorder
 from vo.run_meter import RunMeter
 from vo.sources import SkippedFrame, Source
 from vo.summary import RunSummary
@@ -18,6 +18,9 @@ from vo.trajectory import Trajectory, read_trajectory
 from vo.types import FloatArray, PoseEstimate, VoError
 
 _MAX_LISTED = 3
+_TRY_NEXT = (
+    "try next    vo run webcam:0 --fov-deg 70; vo run kitti:DIR --output out/k; vo listen in another terminal meanwhile"
+)
 
 
 class PoseLog:
@@ -80,8 +83,11 @@ def report(
         recorder.write_plot(comparison)
     if not is_quiet:
         lines = report_lines(summary, frontend.description, meter.skipped, reason)
-        results = [f"results     {recorder.output_dir}"] if recorder is not None else []
-        print("\n".join([*lines, *results]), flush=True)
+        if recorder is not None:
+            lines.append(f"results     {recorder.output_dir}/: {TUM_NAME}, {PLOT_NAME}, {SUMMARY_NAME}, {CONFIG_NAME}")
+        if source.name == "demo":
+            lines.append(_TRY_NEXT)
+        print("\n".join(lines), flush=True)
 
 
 def report_lines(
@@ -90,12 +96,11 @@ def report_lines(
     """The run in a few lines."""
     s = summary
     lines = [
-        f"frames      {s.frames_read} read, {s.frames_processed} processed, {s.frames_dropped} dropped, "
-        f"{s.frames_skipped} skipped{' (interrupted)' if s.interrupted else ''}",
-        f"poses       {s.poses} of {s.frames_processed}, {s.keyframes} keyframes, lost {_times(s.lost_episodes)}"
-        f"{_stationary(s)}",
-        f"speed       {s.fps:.1f} fps{_latency(s)}",
-        f"frontend    {frontend} on {s.device}{_means(s)}",
+        f"frames      {s.frames_read} read, {s.poses} with a pose, {s.keyframes} keyframes; "
+        f"{s.frames_dropped} dropped, {s.frames_skipped} skipped, lost {_times(s.lost_episodes)}{_stationary(s)}"
+        f"{' (interrupted)' if s.interrupted else ''}",
+        f"speed       {s.fps:.1f} fps with {frontend} on {s.device}{_latency(s)}",
+        f"per frame   {_means(s)}median ms: {', '.join(f'{stage.name} {stage.p50_ms:.1f}' for stage in s.stages)}",
         *(f"skipped     {frame.name}: {frame.reason}" for frame in skipped[:_MAX_LISTED]),
         *([f"skipped     and {len(skipped) - _MAX_LISTED} more"] if len(skipped) > _MAX_LISTED else []),
         *(f"fallback    {fallback}" for fallback in s.fallbacks),
@@ -123,12 +128,11 @@ def _latency(summary: RunSummary) -> str:
     if summary.latency_ms is None:
         return ""
     latency = summary.latency_ms
-    stages = ", ".join(f"{stage.name} {stage.p50_ms:.1f}" for stage in summary.stages)
-    return f"; latency p50 {latency.p50:.0f} ms, p95 {latency.p95:.0f} ms; median ms: {stages}"
+    return f"; latency p50 {latency.p50:.0f} ms, p95 {latency.p95:.0f} ms, p99 {latency.p99:.0f} ms"
 
 
 def _means(summary: RunSummary) -> str:
     if summary.mean_matches is None or summary.mean_inliers is None:
         return ""
     layers = f", {summary.mean_stop_layer:.1f} layers" if summary.mean_stop_layer is not None else ""
-    return f"; means: {summary.mean_matches:.0f} matches, {summary.mean_inliers:.0f} inliers{layers}"
+    return f"{summary.mean_matches:.0f} matches, {summary.mean_inliers:.0f} inliers{layers}; "

@@ -177,7 +177,7 @@ class Stages:
 
     def _wait(self, threads: tuple[_StageThread, ...], stop_timeout_s: float) -> None:
         """Waits for all threads; once the run is to end, for a limited time. Raises what the first one raised."""
-        ending_s = None
+        ending_s, is_source_closed = None, False
         while any(thread.is_alive() for thread in threads):
             for thread in threads:
                 thread.join(_POLL_S / len(threads))
@@ -186,9 +186,10 @@ class Stages:
             if ending_s is None:
                 continue
             waited_s = time.monotonic() - ending_s
-            if waited_s > _CLOSE_AFTER_S:
+            if waited_s > _CLOSE_AFTER_S and not is_source_closed:
                 # A camera that delivers nothing would hold the capture for ever.
                 self._source.close()
+                is_source_closed = True
             if waited_s > stop_timeout_s:
                 break
         self._raise_failure(threads, stop_timeout_s)
