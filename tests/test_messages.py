@@ -42,6 +42,7 @@ from vo.messages import (
 )
 from vo.types import Camera, CameraModel, FrameTracks, PoseEstimate, Rejection, TrackingStatus
 
+PROTOCOL_FILE = Path(__file__).parents[1] / "docs" / "PROTOCOL.md"
 GOLDEN_FILE = Path(__file__).parent / "golden_messages.json"
 PUBLISH_TIME_NS = 1_767_225_600_123_456_789
 NUM_MUTATIONS = 100_000
@@ -192,6 +193,24 @@ def test_lost_pose_carries_no_pose() -> None:
     assert (header["status"], header["rejection"], arrays) == ("lost", "too_few_inliers", {})
     body = decode(golden).body
     assert isinstance(body, PoseEstimate) and body.T_world_camera is None and body.covariance is None
+
+
+def test_the_specification_is_complete_and_its_examples_are_true() -> None:
+    text = PROTOCOL_FILE.read_text()
+    for message in golden_messages().values():
+        topic, header, arrays = read_by_the_book(encode(message))
+        assert f"`{topic}`" in text
+        for name in (*header, *arrays, *(entry[0].replace("|", "&#124;") for entry in header["arrays"].values())):
+            assert f"`{name}`" in text or f"<code>{name}</code>" in text, f"{topic}: {name} is not documented"
+    for enum in (TrackingStatus, Rejection, RunState, RequestKind, CameraModel):
+        assert all(f"`{option.value}`" in text for option in enum)
+    dump, requests = (block.split("\n```")[0] for block in text.split("```text\n")[1:])
+    example = b"".join(bytes.fromhex(line[6:54]) for line in dump.splitlines())
+    assert example == encode(golden_messages()["tracks"])
+    for line, request in zip(
+        requests.splitlines(), (Request(RequestKind.SNAPSHOT), Request(RequestKind.GOODBYE)), strict=True
+    ):
+        assert bytes.fromhex(line) == encode_request(request)
 
 
 times_ns = st.integers(-(2**62), 2**62)
