@@ -13,11 +13,12 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from frontends.base import Features, Matches, WeightsError, check_settings, setting
 from frontends.lightglue_network import build_network, normalize_keypoints
-from frontends.lightglue_packed import pack
+from frontends.lightglue_packed import Span, pack
 
 PRESETS: Mapping[str, tuple[float, float, int | None]] = {
     "real-time": (0.95, 0.99, None),
@@ -64,31 +65,32 @@ class LightGlueConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Encoded:
-    """One image's states (N, width) after the first self-attention, which no other image has a part in."""
+    """One image's states (rows, width) after the first self-attention, which no other image has a part in.
 
-    state: Tensor
-    rotations: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pair:
-    """The points of both images that are still in play, those of image 0 first.
-
-    state, rotations  (N, width) and (N, 1, head_dim / 2).
-    rows              (N,) int64, which point of its own image each one is.
-    counts            how many belong to image 0 and to image 1.
+    rotations  (rows, 1, head_dim / 2) of the positional encoding.
+    count      how many rows hold points; the rest is padding.
     """
 
     state: Tensor
     rotations: Tensor
-    rows: Tensor
-    counts: tuple[int, int]
+    count: int
 
-    def keep(self, mask: Tensor) -> _Pair:
-        count0, count = int(mask[: self.counts[0]].sum()), int(mask.sum())
-        if count == len(mask):
-            return self
-        return _Pair(self.state[mask], self.rotations[mask], self.rows[mask], (count0, count - count0))
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pair:
+    """The points of both images that are still in play, packed with those of image 0 first.
+
+    kept  (N,) int64 of either image, which of its points these are.
+    """
+
+    state: Tensor
+    rotations: Tensor
+    spans: tuple[Span, Span]
+    kept: tuple[Tensor, Tensor]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return len(self.kept[0]), len(self.kept[1])
 
 
 class LightGlue:
@@ -148,45 +150,73 @@ class LightGlue:
             self.check_fit(features.kind, features.descriptors.shape[1])
         if features0.num_valid == 0 or features1.num_valid == 0:
             return _no_matches(0, features0.num_valid, features1.num_valid)
-        pair = _joined(self._encoded(features0), self._encoded(features1))
+        pair = self._joined(self._encoded(features0), self._encoded(features1))
         num_points = sum(pair.counts)
         for layer in range(self._num_layers):
-            if layer > 0:
-                state = self._packed.attend_within(layer, pair.state, pair.rotations, pair.counts)
-                pair = replace(pair, state=state)
-            pair = replace(pair, state=self._packed.attend_between(layer, pair.state, pair.counts))
+            pair = self._after_layer(layer, pair)
             if layer == self._num_layers - 1:
                 break
-            mask = self._undecided(layer, pair, num_points)
-            if mask is None:
+            masks = self._undecided(layer, pair, num_points)
+            if masks is None:
                 break
-            pair = pair.keep(mask)
+            pair = self._reduced(pair, masks)
             if 0 in pair.counts:
                 return _no_matches(layer + 1, *pair.counts)
         return self._assigned(layer, pair)
 
-    def _undecided(self, layer: int, pair: _Pair, num_points: int) -> Tensor | None:
-        """Which points (N,) are worth keeping after a layer, or None where enough of all points are decided."""
+    def _after_layer(self, layer: int, pair: _Pair) -> _Pair:
+        state = pair.state
+        if layer > 0:
+            state = self._packed.attend_within(layer, state, pair.rotations, pair.spans)
+        return replace(pair, state=self._packed.attend_between(layer, state, *pair.spans))
+
+    def _undecided(self, layer: int, pair: _Pair, num_points: int) -> tuple[Tensor, Tensor] | None:
+        """Which points of either image are worth keeping, or None where enough of all points are decided."""
         confidence, matchability = self._packed.decisions(layer, pair.state)
         threshold = exit_threshold(layer, self._num_layers)
         mask = matchability > 1 - self._width_confidence
         if self._depth_confidence < 1:
-            if 1.0 - int((confidence < threshold).sum()) / num_points > self._depth_confidence:
+            num_open = sum(int((confidence[span.points] < threshold).sum()) for span in pair.spans)
+            if 1.0 - num_open / num_points > self._depth_confidence:
                 return None
             mask |= confidence <= threshold
-        return mask if self._width_confidence < 1 else torch.ones_like(mask)
+        if self._width_confidence == 1:
+            mask = torch.ones_like(mask)
+        return mask[pair.spans[0].points], mask[pair.spans[1].points]
+
+    def _reduced(self, pair: _Pair, masks: tuple[Tensor, Tensor]) -> _Pair:
+        chosen = tuple(mask.nonzero()[:, 0] for mask in masks)
+        counts = len(chosen[0]), len(chosen[1])
+        if counts == pair.counts:
+            return pair
+        span0, span1 = self._packed.spans(counts, self.device)
+        # Padding repeats the first point; its rows take no part.
+        rows = torch.zeros(span1.rows.stop, dtype=torch.int64, device=self.device)
+        rows[span0.points] = chosen[0] + pair.spans[0].points.start
+        rows[span1.points] = chosen[1] + pair.spans[1].points.start
+        kept = pair.kept[0][chosen[0]], pair.kept[1][chosen[1]]
+        return _Pair(pair.state[rows], pair.rotations[rows], (span0, span1), kept)
 
     def _assigned(self, layer: int, pair: _Pair) -> Matches:
-        log_assignment = self._packed.log_assignment(layer, pair.state, pair.counts)
+        log_assignment = self._packed.log_assignment(layer, pair.state, *pair.spans)
         best, largest_of_column = log_assignment.max(dim=1), log_assignment.amax(dim=0)
         is_match = (best.values == largest_of_column[best.indices]) & (best.values > self._log_threshold)
         rows = is_match.nonzero()[:, 0]
-        columns = best.indices[rows]
-        indices = torch.stack((pair.rows[rows], pair.rows[pair.counts[0] + columns]), dim=1).cpu().numpy()
+        indices = torch.stack((pair.kept[0][rows], pair.kept[1][best.indices[rows]]), dim=1).cpu().numpy()
         # Two points of image 0 may tie exactly for one of image 1: the first has it.
         first = np.sort(np.unique(indices[:, 1], return_index=True)[1])
         scores = best.values[rows].exp().cpu().numpy()
         return Matches(indices[first], scores[first], layer + 1, *pair.counts)
+
+    def _joined(self, encoded0: _Encoded, encoded1: _Encoded) -> _Pair:
+        counts = encoded0.count, encoded1.count
+        span0, span1 = self._packed.spans(counts, self.device)
+        return _Pair(
+            torch.cat((encoded0.state, encoded1.state)),
+            torch.cat((encoded0.rotations, encoded1.rotations)),
+            (span0, span1),
+            (torch.arange(counts[0], device=self.device), torch.arange(counts[1], device=self.device)),
+        )
 
     def _encoded(self, features: Features) -> _Encoded:
         self._recent = [entry for entry in self._recent if entry[0]() is not None]
@@ -199,9 +229,12 @@ class LightGlue:
 
     def _encode(self, features: Features) -> _Encoded:
         count = features.num_valid
-        state = self._packed.project(features.descriptors[:count].to(self.device, torch.float32))
-        rotations = self._packed.rotations(self._coordinates(features))
-        return _Encoded(self._packed.attend_within(0, state, rotations, (count,)), rotations)
+        (span,) = self._packed.spans((count,), self.device)
+        padding = (0, 0, 0, span.rows.stop - count)
+        descriptors = features.descriptors[:count].to(self.device, torch.float32)
+        state = self._packed.project(F.pad(descriptors, padding))
+        rotations = self._packed.rotations(F.pad(self._coordinates(features), padding))
+        return _Encoded(self._packed.attend_within(0, state, rotations, (span,)), rotations, count)
 
     def _coordinates(self, features: Features) -> Tensor:
         """(num_valid, num_coordinates) float32 as the positional encoding takes them."""
@@ -232,17 +265,6 @@ def picked_precision(requested: str, device: torch.device) -> torch.dtype:
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     has_tiles = device.type == "cpu" and capabilities.get("amx_bf16", False)
     return torch.bfloat16 if has_tiles else torch.float32
-
-
-def _joined(encoded0: _Encoded, encoded1: _Encoded) -> _Pair:
-    counts = len(encoded0.state), len(encoded1.state)
-    device = encoded0.state.device
-    return _Pair(
-        torch.cat((encoded0.state, encoded1.state)),
-        torch.cat((encoded0.rotations, encoded1.rotations)),
-        torch.cat([torch.arange(count, device=device) for count in counts]),
-        counts,
-    )
 
 
 def _no_matches(stop_layer: int, num_kept0: int, num_kept1: int) -> Matches:

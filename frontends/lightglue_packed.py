@@ -8,6 +8,7 @@ in a chosen precision; states, rotations and the assignment stay in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +22,27 @@ from frontends.lightglue_network import (
     TokenConfidence,
     TransformerLayer,
 )
+
+GRANULARITY = 64
+"""Rows that images are padded to a multiple of in reduced precision.
+
+The libraries behind it generate code for every new matrix shape, which takes ten times as long as the product itself;
+the number of points changes with every frame.
+"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Where the points of one image stand among the rows of a packed matrix.
+
+    rows    all rows of the image; those after its points are padding.
+    points  the rows that hold points, at least one.
+    bias    (1, 1, 1, rows) 0 for points and -inf for padding, None without padding.
+    """
+
+    rows: slice
+    points: slice
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,13 +77,31 @@ class PackedLayer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLightGlue:
-    """All weights, ready to run on one pair."""
+    """All weights, ready to run on one pair.
+
+    granularity  every image is padded to a multiple of this many rows.
+    """
 
     dtype: torch.dtype
+    granularity: int
     num_heads: int
     input: tuple[Tensor, Tensor] | None
     frequencies: Tensor
     layers: tuple[PackedLayer, ...]
+
+    def spans(self, counts: Sequence[int], device: torch.device) -> tuple[Span, ...]:
+        """Rows for images with these numbers of points, one after the other."""
+        spans: list[Span] = []
+        start = 0
+        for count in counts:
+            size = -(-count // self.granularity) * self.granularity
+            bias = None
+            if size > count:
+                bias = torch.zeros((1, 1, 1, size), dtype=self.dtype, device=device)
+                bias[..., count:] = -torch.inf
+            spans.append(Span(slice(start, start + size), slice(start, start + count), bias))
+            start += size
+        return tuple(spans)
 
     def rotations(self, coordinates: Tensor) -> Tensor:
         """Coordinates (N, num_coordinates) -> complex64 (N, 1, head_dim / 2) of modulus one."""
@@ -72,27 +112,25 @@ class PackedLightGlue:
         """Descriptors (N, input_dim) float32 -> states (N, width)."""
         return descriptors if self.input is None else F.linear(descriptors, *self.input)
 
-    def attend_within(self, layer: int, x: Tensor, rotations: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """Self-attention of states (sum of counts, width), the points of every image standing together."""
+    def attend_within(self, layer: int, x: Tensor, rotations: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Self-attention of the states (N, width) of any number of images."""
         block, width = self.layers[layer].within, x.shape[1]
         inputs, projected = self._project(x, block)
         turned = rotate(projected[:, : 2 * width], rotations).to(self.dtype)
         queries, keys, values = turned[:, :width], turned[:, width:], projected[:, 2 * width :]
-        start = 0
-        for count in counts:
-            rows = slice(start, start + count)
-            inputs[rows, width:] = attend(queries[rows], keys[rows], values[rows], self.num_heads)
-            start += count
+        for span in spans:
+            rows = span.rows
+            inputs[rows, width:] = attend(queries[rows], keys[rows], values[rows], span.bias, self.num_heads)
         return updated(x, inputs, block)
 
-    def attend_between(self, layer: int, x: Tensor, counts: tuple[int, int]) -> Tensor:
-        """Cross-attention of the states (count 0 + count 1, width) of two images."""
+    def attend_between(self, layer: int, x: Tensor, span0: Span, span1: Span) -> Tensor:
+        """Cross-attention of the states (N, width) of two images."""
         block, width = self.layers[layer].between, x.shape[1]
         inputs, projected = self._project(x, block)
         shared, values = projected[:, :width], projected[:, width:]
-        rows0, rows1 = slice(0, counts[0]), slice(counts[0], None)
-        inputs[rows0, width:] = attend(shared[rows0], shared[rows1], values[rows1], self.num_heads)
-        inputs[rows1, width:] = attend(shared[rows1], shared[rows0], values[rows0], self.num_heads)
+        for span, other in ((span0, span1), (span1, span0)):
+            message = attend(shared[span.rows], shared[other.rows], values[other.rows], other.bias, self.num_heads)
+            inputs[span.rows, width:] = message
         return updated(x, inputs, block)
 
     def _project(self, x: Tensor, block: PackedBlock) -> tuple[Tensor, Tensor]:
@@ -106,16 +144,15 @@ class PackedLightGlue:
         probabilities = F.linear(x, *self.layers[layer].heads).sigmoid()
         return probabilities[:, 0], probabilities[:, 1]
 
-    def log_assignment(self, layer: int, x: Tensor, counts: tuple[int, int]) -> Tensor:
+    def log_assignment(self, layer: int, x: Tensor, span0: Span, span1: Span) -> Tensor:
         """Inner block (count 0, count 1) of the log assignment; the unmatched column and row are not made."""
-        count0 = counts[0]
         vectors = F.linear(x, *self.layers[layer].match)
-        similarity = vectors[:count0] @ vectors[count0:].T
+        similarity = vectors[span0.points] @ vectors[span1.points].T
         weight, bias = self.layers[layer].heads
         matchable = F.logsigmoid(x @ weight[1] + bias[1])
         # 2 s - (log sum over the row) - (log sum over the column), plus what either point says of being matched.
-        terms0 = matchable[:count0, None] - log_sum_exp(similarity, 1)
-        terms1 = matchable[None, count0:] - log_sum_exp(similarity, 0)
+        terms0 = matchable[span0.points, None] - log_sum_exp(similarity, 1)
+        terms1 = matchable[None, span1.points] - log_sum_exp(similarity, 0)
         return similarity.mul_(2).add_(terms0).add_(terms1)
 
 
@@ -126,10 +163,11 @@ def rotate(channels: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(as_complex * rotations).view(count, -1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, num_heads: int) -> Tensor:
     """Softmax attention of (M, width) over (N, width), head by head -> (M, width)."""
     query, key, value = (t.view(len(t), num_heads, -1).transpose(0, 1)[None] for t in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1).reshape(query.shape[2], -1)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return attended[0].transpose(0, 1).reshape(query.shape[2], -1)
 
 
 def updated(x: Tensor, inputs: Tensor, block: PackedBlock) -> Tensor:
@@ -168,6 +206,7 @@ def pack(network: LightGlueNetwork, dtype: torch.dtype) -> PackedLightGlue:
         )
     return PackedLightGlue(
         dtype=dtype,
+        granularity=1 if dtype == torch.float32 else GRANULARITY,
         num_heads=network.architecture.num_heads,
         input=_linear(projection) if isinstance(projection, nn.Linear) else None,
         frequencies=network.posenc.Wr.weight,
