@@ -1,0 +1,88 @@
+"""Arrows point one way: who may import whom, read from the source itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path.relative_to(ROOT) for package in ("vo", "frontends") for path in (ROOT / package).rglob("*.py"))
+
+# Lower layers never import higher ones; modules of one layer may know each other.
+LAYERS = (
+    {"vo.types", "frontends"},
+    {"vo.config", "vo.geometry", "vo.output", "vo.channel", "vo.wire"},
+    {"vo.config_loader", "vo.messages", "vo.sequences", "vo.sources", "vo.tracks", "vo.bundle", "vo.trajectory"},
+    {"vo.window", "vo.inbox", "vo.evaluation", "vo.plots", "vo.summary"},
+    {"vo.odometry", "vo.publisher", "vo.recorder", "vo.frontend"},
+    {"vo.run_meter", "vo.listen"},
+    {"vo.stages", "vo.progress", "vo.doctor"},
+    {"vo.pipeline"},
+    {"vo.run_report"},
+    {"vo.bench_statistics", "vo.bench_machine", "vo.bench_peers", "vo.bench"},
+    {"vo.run_command"},
+    {"vo.cli"},
+    {"vo.__main__"},
+)
+ONLY_IMPORTERS = {
+    "zmq": {"vo/publisher.py"},
+    "evo": {"vo/evaluation.py"},
+    "open3d": {"vo/viewer.py"},
+}
+
+
+def layer_of(module: str) -> int:
+    """The layer of the longest listed prefix of a dotted name."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        for number, layer in enumerate(LAYERS):
+            if ".".join(parts[:length]) in layer:
+                return number
+    raise AssertionError(f"{module} stands in no layer: place it")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names a file imports when it runs, wherever in the file; what only the type checker sees is left out."""
+    tree = ast.parse((ROOT / path).read_text())
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_down(path):
+    if path.parts[0] == "frontends":
+        assert not [name for name in imports(path) if name.split(".")[0] == "vo"]
+        return
+    if dotted(path) == "vo":
+        assert not list(name for name in imports(path) if name.startswith("vo."))
+        return
+    mine = layer_of(dotted(path))
+    for name in imports(path):
+        if name.split(".")[0] in ("vo", "frontends") and name != "vo.__version__":
+            assert layer_of(name) <= mine, f"{path} imports {name}, which lies above it"
+
+
+@pytest.mark.parametrize("library", ONLY_IMPORTERS)
+def test_a_library_has_one_door(library):
+    importers = {path.as_posix() for path in MODULES if any(name.split(".")[0] == library for name in imports(path))}
+    assert importers <= ONLY_IMPORTERS[library]
+
+
+def test_data_folders_hold_no_packages():
+    """A package named `datasets` or `configs` would shadow others on the path."""
+    assert not [folder for folder in ("datasets", "configs") if (ROOT / folder / "__init__.py").exists()]
