@@ -9,6 +9,7 @@ from frontends.base import check_settings, setting
 from frontends.lightglue import LightGlueConfig
 from frontends.nearest import NearestConfig
 from frontends.orb import OrbConfig
+from frontends.xfeat import XFeatConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class PublisherConfig:
 class FrontendConfig:
     """What turns images into features and matches, and where it runs."""
 
-    extractor: AlikedConfig | OrbConfig = field(default_factory=AlikedConfig)
+    extractor: AlikedConfig | XFeatConfig | OrbConfig = field(default_factory=AlikedConfig)
     matcher: LightGlueConfig | NearestConfig = field(default_factory=LightGlueConfig)
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
 

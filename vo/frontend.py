@@ -12,6 +12,7 @@ from frontends.lightglue import LightGlue, LightGlueConfig
 from frontends.nearest import Nearest, NearestConfig
 from frontends.orb import Orb, OrbConfig
 from frontends.weights import load_state_dict, weights_entry
+from frontends.xfeat import XFeat, XFeatConfig
 from vo.config import Config, FrontendConfig
 from vo.summary import UsedWeights
 from vo.types import ConfigError, WeightsError
@@ -60,6 +61,10 @@ def create_frontend(config: FrontendConfig, device: torch.device) -> Frontend:
             state_dict, file = load_state_dict(f"aliked-{config.extractor.variant}", config.extractor.weights)
             weights.append(UsedWeights(file.name, file.sha256))
             extractor: Extractor = Aliked(config.extractor, state_dict, device)
+        case XFeatConfig():
+            state_dict, file = load_state_dict("xfeat", config.extractor.weights)
+            weights.append(UsedWeights(file.name, file.sha256))
+            extractor = XFeat(config.extractor, state_dict, device)
         case OrbConfig():
             extractor = Orb(config.extractor)
     match config.matcher:
