@@ -434,7 +434,7 @@ def test_addresses_that_are_refused(endpoint: str, complaint: str) -> None:
 def test_addresses_to_connect_to() -> None:
     assert snapshot_endpoint("tcp://localhost:5570") == "tcp://127.0.0.1:5571"
     assert snapshot_endpoint("tcp://robot.local:1") == "tcp://robot.local:2"
-    for endpoint in ("tcp://127.0.0.1:*", "tcp://:1", "http://127.0.0.1:1", "tcp://127.0.0.1:x"):
+    for endpoint in ("tcp://127.0.0.1:*", "tcp://*:5570", "tcp://:1", "http://127.0.0.1:1", "tcp://127.0.0.1:x"):
         with pytest.raises(ConfigError):
             Subscriber(endpoint)
     with pytest.raises(ValueError, match="topics"):

@@ -289,6 +289,10 @@ class Publisher:
 
     def _serve(self) -> None:
         """The thread: heartbeats and snapshots until the run is closed and nobody is waited for any more."""
+        with self._wakened:  # left open, it would keep `close` waiting, whatever happened here
+            self._serve_until_closed()
+
+    def _serve_until_closed(self) -> None:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wakened, zmq.POLLIN)
@@ -309,7 +313,6 @@ class Publisher:
                 next_heartbeat_s = now_s
             if self._router in events:
                 self._answer(self._router.recv_multipart(), waited_for)
-        self._wakened.close(linger=0)
 
     def _beat(self) -> None:
         """The heartbeat, with the camera: a consumer needs no snapshot to get it."""
@@ -387,9 +390,13 @@ class Subscriber:
         self._dealer.reconnect_ivl = RECONNECT_MS
         self._dealer.maxmsgsize = MAX_MESSAGE_BYTES
         self._poller = zmq.Poller()
-        for socket in (*self._subscriptions, self._dealer):
-            self._poller.register(socket, zmq.POLLIN)
-            socket.connect(answers_endpoint if socket is self._dealer else endpoint)
+        try:
+            for socket in (*self._subscriptions, self._dealer):
+                self._poller.register(socket, zmq.POLLIN)
+                socket.connect(answers_endpoint if socket is self._dealer else endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(f"{endpoint}: cannot be connected to ({error.strerror})") from error
 
     def __enter__(self) -> Subscriber:
         return self
