@@ -590,6 +590,12 @@ def test_hostile_bytes_are_refused_without_memory(name: str) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+def test_a_long_header_is_not_even_parsed() -> None:
+    decode(edited(a_message(a_pose()), **{f"unknown{i}": "x" * 250 for i in range(40)}))
+    with pytest.raises(ProtocolError, match="header of .* is above 16384"):
+        decode(edited(a_message(a_pose()), something="x" * wire.MAX_HEADER_BYTES))
+
+
 def test_hostile_requests() -> None:
     good = {"schema": "lightvo/1", "request": "snapshot", "topic": "pose", "first_sequence": 0}
     assert decode_request(msgpack.packb(good)) == Request(RequestKind.SNAPSHOT)
