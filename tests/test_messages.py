@@ -592,7 +592,7 @@ def test_hostile_bytes_are_refused_without_memory(name: str) -> None:
 
 def test_a_long_header_is_not_even_parsed() -> None:
     decode(edited(a_message(a_pose()), **{f"unknown{i}": "x" * 250 for i in range(40)}))
-    with pytest.raises(ProtocolError, match="header of .* is above 16384"):
+    with pytest.raises(ProtocolError, match=r"header of .* is above 16384"):
         decode(edited(a_message(a_pose()), something="x" * wire.MAX_HEADER_BYTES))
 
 
