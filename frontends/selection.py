@@ -1,0 +1,28 @@
+"""Which of many keypoints to keep when there is room for K: the strongest, or the strongest of every place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Candidates looked at for each keypoint kept: enough for weak corners of the image, few enough to cost nothing.
+CANDIDATES_PER_KEYPOINT = 4
+
+
+def spread_order(keypoints: Tensor, cell_px: float) -> Tensor:
+    """Order (..., M) that takes the best keypoint of every cell of the image first, then every cell's second best, ...
+
+    keypoints (..., M, 2) px, strongest first; within a round the stronger comes first. A camera is posed by points in
+    all directions and at all depths, while the strongest keypoints crowd on the best textured surface. Shapes depend
+    on nothing but the input's, so that the order can be part of a CUDA graph.
+    """
+    cells = torch.floor(keypoints / cell_px).long()
+    # One number per cell; a side of 2^20 cells is beyond any image.
+    cell_ids = cells[..., 1] * (1 << 20) + cells[..., 0]
+    sorted_ids, by_cell = torch.sort(cell_ids, dim=-1, stable=True)
+    positions = torch.arange(cell_ids.shape[-1], device=keypoints.device).expand_as(cell_ids)
+    begins = torch.ones_like(sorted_ids, dtype=torch.bool)
+    begins[..., 1:] = sorted_ids[..., 1:] != sorted_ids[..., :-1]
+    first = torch.where(begins, positions, 0).cummax(dim=-1).values
+    ranks = torch.empty_like(cell_ids).scatter_(-1, by_cell, positions - first)
+    return torch.sort(ranks, dim=-1, stable=True).indices
