@@ -249,7 +249,7 @@ def refine_relative_pose(
         step = -solve_symmetric((jacobian * weights[:, None]).T @ jacobian, jacobian.T @ (weights * residual))
         t = T[:3, 3] + T[:3, :3] @ basis @ step[:2]
         T = make_pose(T[:3, :3] @ exp_so3(step[2:]), t / np.linalg.norm(t))
-        if np.linalg.norm(step) < 1e-9:
+        if np.linalg.norm(step) < 1e-7:
             break
     jacobian, residual, basis = _sampson_system(T, x0, x1)
     weights = 1.0 / (1.0 + (residual / scale) ** 2) ** 2
@@ -276,7 +276,7 @@ def _refine_to_noise(
             break
         sigma = max(1.4826 * float(np.median(distance[distance < gate])), 1e-3 * threshold)
         near = distance < 6 * sigma
-        T, covariance = refine_relative_pose(T, rays0[near], rays1[near], 2.5 * sigma)
+        T, covariance = refine_relative_pose(T, rays0[near], rays1[near], 2.5 * sigma, 6)
         gate = 3 * sigma
     return T, covariance
 
