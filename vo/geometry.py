@@ -276,7 +276,7 @@ def _refine_to_noise(
             break
         sigma = max(1.4826 * float(np.median(distance[distance < gate])), 1e-3 * threshold)
         near = distance < 6 * sigma
-        T, covariance = refine_relative_pose(T, rays0[near], rays1[near], 2.5 * sigma, 6)
+        T, covariance = refine_relative_pose(T, rays0[near], rays1[near], 2.5 * sigma)
         gate = 3 * sigma
     return T, covariance
 
