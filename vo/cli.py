@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_listen(commands)
     _add_eval(commands)
+    _add_bench(commands)
     _add_weights(commands)
     _add_doctor(commands)
     return parser
@@ -120,6 +121,28 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--report", metavar="DIR", type=Path, help="write figures and plots there")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
     parser.set_defaults(command=_eval)
+
+
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time every stage on real frames, also against other implementations",
+        epilog=_SOURCES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="where the frames come from (default: demo)")
+    parser.add_argument("--config", metavar="F", help="preset (kitti, tum, fast-cpu, ...) or YAML file")
+    parser.add_argument("--set", metavar="A.B=V", action="append", default=[], help="change one key of it; repeatable")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
+    parser.add_argument("--against", metavar="PEERS", default="", help="kornia, orb, opencv; several with commas")
+    parser.add_argument("--repeats", metavar="N", type=_positive, default=30, help="timed calls (default: %(default)s)")
+    parser.add_argument("--frames", metavar="N", type=_positive, default=20, help="frames used (default: %(default)s)")
+    parser.add_argument("--threads", metavar="N", type=_positive, help="threads of every method (default: their own)")
+    parser.add_argument("--opencv-models", metavar="A[,L]", default="", help="ALIKED and LightGlue as ONNX, for opencv")
+    parser.add_argument("--camera", metavar="FILE", type=Path, help="camera.yaml with the intrinsics")
+    parser.add_argument("--fov-deg", metavar="DEG", type=float, help="guess the intrinsics from the horizontal view")
+    parser.add_argument("--json", action="store_true", help="the figures as JSON")
+    parser.set_defaults(command=_bench)
 
 
 def _add_weights(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -191,6 +214,29 @@ def _eval(options: argparse.Namespace) -> int:
         write_report(comparison, options.report)
     print(evaluation_json(comparison.evaluation) if options.json else format_evaluation(comparison.evaluation))
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    # As for a run; OpenMP is left as PyTorch has it, because that is how other implementations are used.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from vo.bench import BenchRequest, bench_command
+
+    return bench_command(
+        BenchRequest(
+            source=options.source,
+            config=options.config,
+            overrides=tuple(options.set),
+            device=options.device,
+            against=_words(options.against),
+            num_repeats=options.repeats,
+            num_frames=options.frames,
+            num_threads=options.threads,
+            is_json=options.json,
+            model_files=_words(options.opencv_models),
+            camera_file=options.camera,
+            fov_deg=options.fov_deg,
+        )
+    )
 
 
 def _weights_list(options: argparse.Namespace) -> int:
@@ -274,3 +320,7 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
     return value
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)

@@ -1,0 +1,252 @@
+"""`vo bench`: how long every stage takes on real frames, and how that compares with other implementations."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import cv2
+import numpy as np
+import torch
+
+from frontends.base import Extractor, Features, Matcher, Matches
+from vo.bench_compare import WARM_UP_CALLS, Conditions, compare
+from vo.bench_machine import Machine, portable_source, read_machine
+from vo.bench_peers import NotComparable, create_peer
+from vo.bench_report import BenchResult, Comparison, OdometryTiming, StageTiming, bench_json, bench_lines
+from vo.bench_statistics import time_call, timing
+from vo.config import Config, FrontendConfig
+from vo.config_loader import load_config
+from vo.frontend import Frontend, create_frontend, device_name, select_device
+from vo.odometry import Odometry
+from vo.progress import Advance, progress
+from vo.sources import open_source
+from vo.summary import library_versions
+from vo.types import Camera, Frame, SourceError
+
+MIN_FRAMES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRequest:
+    """What the user asked for.
+
+    source        None: the bundled clip.
+    against       names of peers, see vo.bench_peers.PEERS.
+    num_repeats   timed calls of either side in every comparison, and of every stage at least.
+    num_frames    consecutive frames that the calls go through, at least 3.
+    num_threads   of PyTorch and OpenCV; None: their own choice.
+    model_files   for the peer "opencv": ALIKED and LightGlue as ONNX.
+    """
+
+    source: str | None = None
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+    device: str | None = None
+    against: tuple[str, ...] = ()
+    num_repeats: int = 30
+    num_frames: int = 20
+    num_threads: int | None = None
+    is_json: bool = False
+    model_files: tuple[str, ...] = ()
+    camera_file: Path | None = None
+    fov_deg: float | None = None
+
+
+@runtime_checkable
+class _HasFormulation(Protocol):
+    @property
+    def formulation(self) -> str: ...
+
+
+@runtime_checkable
+class _HasPrecision(Protocol):
+    @property
+    def precision(self) -> str: ...
+
+
+def bench_command(request: BenchRequest) -> int:
+    """Measures and prints; raises VoError in one line."""
+    with progress(None, is_quiet=not sys.stderr.isatty()) as advance:
+        result = run_bench(request, advance)
+    print(
+        bench_json(result) if request.is_json else "\n".join(bench_lines(result)), end="" if request.is_json else "\n"
+    )
+    return 0
+
+
+def run_bench(request: BenchRequest, advance: Advance) -> BenchResult:
+    """Everything that was asked for; `advance` hears what is being measured."""
+    overrides = list(request.overrides)
+    if request.device is not None:
+        overrides.append(f"frontend.device={request.device}")
+    config = load_config(request.config, overrides)
+    device = select_device(config.frontend.device)
+    if request.num_threads is not None:
+        torch.set_num_threads(request.num_threads)
+        cv2.setNumThreads(request.num_threads)
+    frames, camera, source_name = read_frames(request)
+    machine = _machine(device)
+    start_s = time.perf_counter()
+    frontend = create_frontend(config.frontend, device)
+    load_s = time.perf_counter() - start_s
+    conditions = Conditions(frames, camera, config.two_view, device, request.num_repeats)
+    odometry = measure(conditions, config, frontend, advance)
+    comparisons, not_compared = compare_all(request, conditions, config.frontend, frontend, advance)
+    return BenchResult(
+        date=datetime.now(UTC).date().isoformat(),
+        command=command_line(request, source_name),
+        machine=machine,
+        versions=library_versions(),
+        source=portable_source(source_name),
+        width=camera.width,
+        height=camera.height,
+        num_frames=len(frames),
+        device=device_name(device),
+        extractor=frontend.extractor.kind,
+        extractor_precision=precision_of(frontend.extractor),
+        matcher=config.frontend.matcher.name,
+        matcher_precision=precision_of(frontend.matcher),
+        max_keypoints=config.frontend.extractor.max_keypoints,
+        weights=frontend.weights,
+        load_s=load_s,
+        odometry=odometry,
+        peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        comparisons=comparisons,
+        not_compared=not_compared,
+    )
+
+
+def compare_all(
+    request: BenchRequest, conditions: Conditions, config: FrontendConfig, frontend: Frontend, advance: Advance
+) -> tuple[tuple[Comparison, ...], tuple[str, ...]]:
+    """Every stage against every peer that was asked for, and why one is missing."""
+    comparisons: list[Comparison] = []
+    not_compared: list[str] = []
+    for name in dict.fromkeys(request.against):
+        try:
+            peer = create_peer(name, config, frontend, conditions.device, request.model_files)
+        except NotComparable as reason:
+            not_compared.append(str(reason))
+            continue
+        not_compared += peer.reasons
+        comparisons += compare(conditions, frontend, peer, advance)
+    return tuple(comparisons), tuple(not_compared)
+
+
+def read_frames(request: BenchRequest) -> tuple[list[Frame], Camera, str]:
+    """The first frames of the source, its camera and its name. SourceError where there are fewer than three."""
+    spec = request.source or "demo"
+    try:
+        source = open_source(spec, camera_file=request.camera_file, fov_deg=request.fov_deg)
+    except SourceError as error:
+        if request.source is None:
+            raise SourceError(f"{error}; or name a SOURCE of real frames: vo bench kitti:DIR") from error
+        raise
+    try:
+        frames = list(islice(source.frames(), request.num_frames))
+    finally:
+        source.close()
+    if len(frames) < MIN_FRAMES:
+        raise SourceError(
+            f"{spec}: {len(frames)} frames, expected {MIN_FRAMES} or more; raise --frames or name another"
+        )
+    return frames, source.camera, source.name
+
+
+def command_line(request: BenchRequest, source_name: str) -> str:
+    """The command that repeats the measurement, with the part of the source that other machines share."""
+    words = ["vo", "bench", portable_source(source_name)]
+    words += ["--config", Path(request.config).name] if request.config is not None else []
+    for override in request.overrides:
+        words += ["--set", override]
+    words += ["--device", request.device] if request.device is not None else []
+    words += ["--against", ",".join(request.against)] if request.against else []
+    words += ["--repeats", str(request.num_repeats), "--frames", str(request.num_frames)]
+    words += ["--threads", str(request.num_threads)] if request.num_threads is not None else []
+    return shlex.join(words)
+
+
+def precision_of(method: Extractor | Matcher) -> str:
+    """What a method says about its arithmetic; those that say nothing compute as they are written."""
+    if isinstance(method, _HasFormulation):
+        return method.formulation
+    return method.precision if isinstance(method, _HasPrecision) else "as written"
+
+
+def measure(conditions: Conditions, config: Config, frontend: Frontend, advance: Advance) -> OdometryTiming:
+    """The stages of the odometry on consecutive frames, lap after lap until every stage has run often enough."""
+    frames, camera, device = conditions.frames, conditions.camera, conditions.device
+    first_frame_ms = time_call(lambda: frontend.extractor.extract(frames[0].image), device)
+    _Lap(camera, config, frontend, device).run(frames[:WARM_UP_CALLS])
+    laps = []
+    for number in range(-(-conditions.num_repeats // (len(frames) - 1))):
+        advance(f"stages, lap {number + 1}")
+        lap = _Lap(camera, config, frontend, device)
+        lap.run(frames)
+        laps.append(lap)
+    times = {name: [ms for lap in laps for ms in lap.times_ms[name]] for name in laps[0].times_ms}
+    layers = [matches.stop_layer for lap in laps for matches in lap.matches if matches.stop_layer > 0]
+    return OdometryTiming(
+        first_frame_ms=first_frame_ms,
+        stages=tuple(StageTiming(name, timing(values)) for name, values in times.items() if values),
+        fps=1000 / float(np.mean(times["frame"])),
+        mean_keypoints=_mean([count for lap in laps for count in lap.num_keypoints]),
+        mean_matches=_mean([len(matches) for lap in laps for matches in lap.matches]),
+        mean_stop_layer=_mean(layers) if layers else None,
+    )
+
+
+class _Lap:
+    """One pass of an odometry over the frames, with the time of every stage."""
+
+    def __init__(self, camera: Camera, config: Config, frontend: Frontend, device: torch.device) -> None:
+        self._frontend = frontend
+        self._device = device
+        self._odometry = Odometry(camera, config.odometry, config.two_view, self._timed_match)
+        self._match_ms = 0.0
+        self.times_ms: dict[str, list[float]] = {"extract": [], "match": [], "track": [], "frame": []}
+        self.num_keypoints: list[int] = []
+        self.matches: list[Matches] = []
+
+    def run(self, frames: Sequence[Frame]) -> None:
+        for frame in frames:
+            self._step(frame)
+
+    def _step(self, frame: Frame) -> None:
+        found: list[Features] = []
+        extract_ms = time_call(lambda: found.append(self._frontend.extractor.extract(frame.image)), self._device)
+        self._match_ms = 0.0
+        step_ms = time_call(lambda: self._odometry.step(frame, found[0]), self._device)
+        self.times_ms["extract"].append(extract_ms)
+        if self._match_ms > 0:
+            self.times_ms["match"].append(self._match_ms)
+        self.times_ms["track"].append(step_ms - self._match_ms)
+        self.times_ms["frame"].append(extract_ms + step_ms)
+        self.num_keypoints.append(found[0].num_valid)
+
+    def _timed_match(self, features0: Features, features1: Features) -> Matches:
+        made: list[Matches] = []
+        self._match_ms += time_call(
+            lambda: made.append(self._frontend.matcher.match(features0, features1)), self._device
+        )
+        self.matches += made
+        return made[0]
+
+
+def _machine(device: torch.device) -> Machine:
+    if device.type != "cuda":
+        return read_machine(torch.get_num_threads())
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    return read_machine(torch.get_num_threads(), device_name(device), memory_bytes)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else 0.0
