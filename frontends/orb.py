@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from frontends.base import Features, check_settings, resized_shape, setting, to_full_resolution
+from frontends.selection import spread_order
 
 # OpenCV keeps 31 px clear on every side of every level, for the patch that the descriptor reads.
 _MIN_SIDE_PX = 63
 _DESCRIPTOR_BYTES = 32
-# How many more corners are detected than kept, so that the spreading has something to choose from.
-_CANDIDATES_PER_KEYPOINT = 3
+# All corners are wanted, so that weakly textured places can be represented; that costs few milliseconds more.
+_MAX_CORNERS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Orb:
         """A detector without the levels of the pyramid that are too small to hold a keypoint."""
         num_useful = 1 + int(math.log(side_px / _MIN_SIDE_PX) / math.log(self.config.scale_factor))
         return cv2.ORB.create(
-            nfeatures=_CANDIDATES_PER_KEYPOINT * self.config.max_keypoints,
+            nfeatures=_MAX_CORNERS,
             scaleFactor=self.config.scale_factor,
             nlevels=min(self.config.num_levels, num_useful),
         )
@@ -101,17 +102,13 @@ class Orb:
         """The strongest of every cell, then the second of every cell, and so on until there are enough."""
         if not corners:
             return []
-        points = np.array([corner.pt for corner in corners])
+        points = np.asarray(cv2.KeyPoint.convert(corners), dtype=np.float32)
         responses = np.array([corner.response for corner in corners])
         # Position breaks ties, so that the order in which OpenCV finds the corners does not matter.
-        strongest_first = np.lexsort((points[:, 0], points[:, 1], -responses))
-        if self.config.spread_cell_px is None or len(corners) <= self.config.max_keypoints:
-            chosen = strongest_first
-        else:
-            cells = (points[strongest_first] // self.config.spread_cell_px).astype(np.int64)
-            rank = _rank_in_group(cells[:, 1] * (1 << 20) + cells[:, 0])
-            chosen = strongest_first[np.argsort(rank, kind="stable")]
-        return [corners[index] for index in chosen[: self.config.max_keypoints]]
+        order = np.lexsort((points[:, 0], points[:, 1], -responses))
+        if self.config.spread_cell_px is not None:
+            order = order[spread_order(torch.from_numpy(points[order]), self.config.spread_cell_px).numpy()]
+        return [corners[index] for index in order[: self.config.max_keypoints]]
 
     def _features(
         self,
@@ -146,13 +143,3 @@ class Orb:
         full = np.array(size, dtype=np.float64)
         corrected = (points / scales + 0.5) * (full / np.rint(full / scales)) - 0.5
         return torch.from_numpy(corrected.astype(np.float32))
-
-
-def _rank_in_group(groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many earlier elements belong to the same group, for each element of (N,)."""
-    order = np.argsort(groups, kind="stable")
-    is_first = np.diff(groups[order], prepend=-1) != 0
-    starts = np.maximum.accumulate(np.where(is_first, np.arange(len(groups)), 0))
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(groups)) - starts
-    return rank

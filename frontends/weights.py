@@ -23,14 +23,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from frontends.base import WeightsError
 from frontends.weights_registry import REGISTRY, KnownFile, WeightsEntry
+
+if TYPE_CHECKING:  # Listing and fetching weights need no PyTorch, which takes a second to import.
+    from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "LIGHTVO_WEIGHTS"
 PACKAGE_DATA = Path(__file__).parent / "data"
@@ -135,10 +136,19 @@ def load_state_dict(
     return _parse(content, file), file
 
 
+def load_file(path: str | Path) -> tuple[dict[str, Tensor], WeightsFile]:
+    """The tensors of one file, on the CPU. It goes by its name in the registry if its hash is there, else by its own.
+
+    Raises WeightsError when there is no such file or it holds no state dict.
+    """
+    content, file = _explicit(Path(path).expanduser(), REGISTRY)
+    return _parse(content, file), file
+
+
 def _content(entry: WeightsEntry, path: str | Path | None, allow_download: bool) -> tuple[bytes, WeightsFile]:
     """The checked bytes of an entry. Reading once means that what was hashed is what gets parsed."""
     if path is not None:
-        return _explicit(entry, Path(path).expanduser())
+        return _explicit(Path(path).expanduser(), (entry,))
     found = _find(entry)
     if found is None:
         if not allow_download:
@@ -152,14 +162,16 @@ def _content(entry: WeightsEntry, path: str | Path | None, allow_download: bool)
     return content, WeightsFile(entry.name, file_path, known.sha256, entry.licence, origin)
 
 
-def _explicit(entry: WeightsEntry, path: Path) -> tuple[bytes, WeightsFile]:
+def _explicit(path: Path, entries: tuple[WeightsEntry, ...]) -> tuple[bytes, WeightsFile]:
+    """The bytes behind a path, called by the entry that knows their hash."""
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file (explicit path of weights {entry.name!r}); correct or drop the path")
+        raise WeightsError(f"{path}: no such file of weights; correct the path, or drop it to use the registry's")
     content = _read(path)
     sha256 = hashlib.sha256(content).hexdigest()
-    is_known = any(known.sha256 == sha256 for known in entry.files)
-    licence = entry.licence if is_known else "unknown"
-    return content, WeightsFile(entry.name, path, sha256, licence, Origin.EXPLICIT, is_known)
+    for entry in entries:
+        if any(known.sha256 == sha256 for known in entry.files):
+            return content, WeightsFile(entry.name, path, sha256, entry.licence, Origin.EXPLICIT)
+    return content, WeightsFile(path.stem, path, sha256, "unknown", Origin.EXPLICIT, is_verified=False)
 
 
 def _find(entry: WeightsEntry) -> tuple[Path, Origin, KnownFile] | None:
@@ -332,6 +344,9 @@ def _store(content: bytes, path: Path) -> None:
 
 def _parse(content: bytes, file: WeightsFile) -> dict[str, Tensor]:
     """Tensors by name; nothing in the file can run code."""
+    import safetensors.torch
+    import torch
+
     try:
         if file.path.suffix == ".safetensors":
             state_dict = safetensors.torch.load(content)
@@ -344,7 +359,7 @@ def _parse(content: bytes, file: WeightsFile) -> dict[str, Tensor]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{file.path}: not a file of weights: {reason}; give a state dict or safetensors") from error
     if not isinstance(state_dict, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
     ):
         raise WeightsError(f"{file.path}: holds no flat state dict (tensors by name); export the state dict itself")
     return dict(state_dict)

@@ -74,7 +74,7 @@ class XFeat:
         resized = resized_shape(*full, self.config.max_side)
         if resized != full:
             image = np.asarray(cv2.resize(image, resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-        gray = network_input(image, self.device)
+        gray = resized_to_stride(gray_batch(image, self.device))
         found = detect(self._network(gray), self.config.max_keypoints, self.config.detection_threshold)[0]
         # The published code multiplies by the ratio of the sizes without minding pixel centres: at most 0.04 px off.
         ratio = gray.new_tensor([resized[0] / gray.shape[3], resized[1] / gray.shape[2]])
@@ -102,16 +102,19 @@ def picked_precision(requested: str) -> torch.dtype:
     return torch.bfloat16 if requested == "bfloat16" else torch.float32
 
 
-def network_input(image: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """(1, 1, H', W') float32 in [0, 1]: mean of the channels, resized to the next lower multiples of 32."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device)
-    if pixels.ndim == 3:
-        gray = pixels[..., 0].float().add_(pixels[..., 1]).add_(pixels[..., 2]).mul_(1 / (3 * 255))
-    else:
-        gray = pixels.float().mul_(1 / 255)
-    size = [side // STRIDE_PX * STRIDE_PX for side in gray.shape]
-    batch = gray[None, None]
-    return batch if size == list(gray.shape) else F.interpolate(batch, size, mode="bilinear", align_corners=False)
+def gray_batch(image: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """(1, 1, H, W) float32 in [0, 1], the mean of the channels of (H, W, 3) or (H, W) uint8."""
+    # Frames are read-only, and PyTorch warns of tensors over read-only memory: the copy is cheaper than the rest.
+    pixels = torch.from_numpy(np.array(image, order="C")).to(device)
+    if pixels.ndim == 2:
+        return pixels.float().mul_(1 / 255)[None, None]
+    return pixels[..., 0].float().add_(pixels[..., 1]).add_(pixels[..., 2]).mul_(1 / (3 * 255))[None, None]
+
+
+def resized_to_stride(gray: Tensor) -> Tensor:
+    """(B, 1, H, W) with sides brought to the next lower multiple of 32 px, at least 32 px."""
+    size = [max(STRIDE_PX, side // STRIDE_PX * STRIDE_PX) for side in gray.shape[2:]]
+    return gray if size == list(gray.shape[2:]) else F.interpolate(gray, size, mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

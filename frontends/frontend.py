@@ -1,0 +1,103 @@
+"""From a configuration to an extractor or a matcher with its weights: the one place that knows every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from frontends.aliked import Aliked, AlikedConfig
+from frontends.base import Extractor, Matcher, PairMatcher, WeightsError
+from frontends.lightglue import LightGlue, LightGlueConfig
+from frontends.nearest import Nearest, NearestConfig
+from frontends.orb import Orb, OrbConfig
+from frontends.weights import WeightsFile, load_file, load_state_dict
+from frontends.weights_registry import REGISTRY
+from frontends.xfeat import XFeat, XFeatConfig
+from frontends.xfeat_star import XFeatStar, XFeatStarConfig
+
+ExtractorConfig = AlikedConfig | XFeatConfig | OrbConfig
+MatcherConfig = LightGlueConfig | NearestConfig
+PairMatcherConfig = XFeatStarConfig
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedExtractor:
+    """An extractor and the file its weights came from; None for one without weights."""
+
+    extractor: Extractor
+    weights: WeightsFile | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedMatcher:
+    """A matcher and the file its weights came from; None for one without weights."""
+
+    matcher: Matcher
+    weights: WeightsFile | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedPairMatcher:
+    """A matcher of images and the file its weights came from."""
+
+    matcher: PairMatcher
+    weights: WeightsFile | None
+
+
+def create_extractor(config: ExtractorConfig, device: torch.device) -> LoadedExtractor:
+    """The extractor of a configuration, on the device; ORB stays on the CPU. Raises WeightsError."""
+    match config:
+        case AlikedConfig():
+            state_dict, file = load_state_dict(f"aliked-{config.variant}", config.weights)
+            return LoadedExtractor(Aliked(config, state_dict, device), file)
+        case XFeatConfig():
+            state_dict, file = load_state_dict("xfeat", config.weights)
+            return LoadedExtractor(XFeat(config, state_dict, device), file)
+        case OrbConfig():
+            return LoadedExtractor(Orb(config), None)
+
+
+def create_matcher(config: MatcherConfig, extractor_kind: str, device: torch.device) -> LoadedMatcher:
+    """The matcher of a configuration for features of one kind, on the device.
+
+    Raises WeightsError, naming both, for features that the weights of the matcher were not made for.
+    """
+    match config:
+        case NearestConfig():
+            return LoadedMatcher(Nearest(config), None)
+        case LightGlueConfig():
+            return _lightglue(config, extractor_kind, device)
+
+
+def create_pair_matcher(config: PairMatcherConfig, device: torch.device) -> LoadedPairMatcher:
+    """The matcher of images of a configuration, on the device. Raises WeightsError."""
+    state_dict, file = load_state_dict("xfeat", config.weights)
+    return LoadedPairMatcher(XFeatStar(config, state_dict, device), file)
+
+
+def _lightglue(config: LightGlueConfig, extractor_kind: str, device: torch.device) -> LoadedMatcher:
+    if extractor_kind == OrbConfig().name:
+        raise WeightsError(
+            "lightglue cannot match orb features, whose descriptors are binary; set the matcher to nearest"
+        )
+    if config.weights is None:
+        state_dict, file = load_state_dict(matcher_weights(extractor_kind))
+    else:
+        state_dict, file = load_file(config.weights)
+    fits = next((entry.fits for entry in REGISTRY if entry.name == file.name and file.is_verified), ())
+    matcher = LightGlue(config, state_dict, device, name=file.name, fits=fits)
+    matcher.check_fit(extractor_kind)
+    return LoadedMatcher(matcher, file)
+
+
+def matcher_weights(extractor_kind: str) -> str:
+    """Name of the weights for features of a kind, ours before others. WeightsError if there are none."""
+    fitting = [entry for entry in REGISTRY if entry.role == "matcher" and extractor_kind in entry.fits]
+    if not fitting:
+        kinds = dict.fromkeys(kind for entry in REGISTRY if entry.role == "matcher" for kind in entry.fits)
+        raise WeightsError(
+            f"lightglue has no weights for {extractor_kind} features, only for {', '.join(kinds)}; "
+            "set the matcher to nearest, or give it a file of weights"
+        )
+    return sorted(fitting, key=lambda entry: not entry.is_ours)[0].name
