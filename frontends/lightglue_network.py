@@ -59,7 +59,7 @@ def published_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if parts[0] in ("self_attn", "cross_attn"):
             parts = ["transformers", parts[1], parts[0], *parts[2:]]
         if parts[0] != "confidence_thresholds":
-            renamed[".".join(parts)] = value.to(torch.float32)
+            renamed[".".join(parts)] = value.to(torch.float32, copy=True)
     return renamed
 
 
@@ -284,12 +284,13 @@ def build_network(state_dict: Mapping[str, Tensor], name: str) -> LightGlueNetwo
     Raises WeightsError naming the first parameter that is missing, unexpected or of another shape.
     """
     renamed = published_names(state_dict)
-    network = LightGlueNetwork(read_architecture(renamed, name))
+    with torch.device("meta"):  # Nothing to initialize: every parameter comes from the file.
+        network = LightGlueNetwork(read_architecture(renamed, name))
     expected = network.state_dict()
     for key in sorted(expected.keys() | renamed.keys()):
         have = tuple(renamed[key].shape) if key in renamed else "nothing"
         want = tuple(expected[key].shape) if key in expected else "nothing"
         if have != want:
             raise WeightsError(f"{name}: parameter {key}: expected {want}, got {have}; the file is not complete")
-    network.load_state_dict(renamed)
+    network.load_state_dict(renamed, assign=True)
     return network.eval().requires_grad_(False)

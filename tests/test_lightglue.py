@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import itertools
@@ -11,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from frontends.aliked import Aliked, AlikedConfig
 from frontends.base import Features, Matcher, WeightsError
 from frontends.lightglue import LightGlue, LightGlueConfig
 from frontends.lightglue_network import build_network, normalize_keypoints, published_names
@@ -165,6 +168,21 @@ def test_matches_equal_kornia(configuration: str, depth: float, width: float) ->
             assert num_kept == int((layers == layers.max()).sum())
     if width <= 0.9:
         assert matches.num_kept0 < pair[0].num_valid
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_padded_rows_take_no_part(configuration: str) -> None:
+    """Reduced precision pads every image to a multiple of 64 rows: in float32 that must change nothing."""
+    network = kornia_network(configuration)
+    pair = planted_pair(network.conf.input_dim)
+    expected = run_kornia(network, *pair, 0.8, 0.8)
+    matcher = matcher_like(network, 0.8, 0.8)
+    matcher._packed = dataclasses.replace(matcher._packed, granularity=64)
+    matches = matcher.match(*pair)
+    np.testing.assert_array_equal(matches.indices, expected["matches"][0].numpy())
+    np.testing.assert_allclose(matches.scores, expected["scores"][0].numpy(), atol=1e-4)
+    assert matches.stop_layer == expected["stop"]
+    assert matches.num_kept0 == int((expected["prune0"] == expected["prune0"].max()).sum()) < pair[0].num_valid
 
 
 def test_scale_and_orientation_equal_kornia() -> None:
@@ -430,11 +448,25 @@ def test_precision_is_named_and_bfloat16_keeps_the_matches() -> None:
     exact = LightGlue(LightGlueConfig(precision="float32"), learned(network))
     assert exact.precision == "float32"
     assert LightGlue(LightGlueConfig(), learned(network)).precision in ("float32", "bfloat16")
-    reduced = LightGlue(LightGlueConfig(precision="bfloat16", preset="accurate"), learned(network))
-    assert reduced.precision == "bfloat16"
-    expected = matcher_like(network, 1.0, 1.0).match(*pair)
-    same = set(map(tuple, reduced.match(*pair).indices)) & set(map(tuple, expected.indices))
-    assert len(same) >= 0.97 * len(expected) > 20
+    for confidence in (1.0, 0.8):
+        reduced = matcher_like(network, confidence, confidence, "bfloat16")
+        assert reduced.precision == "bfloat16"
+        expected, matches = matcher_like(network, confidence, confidence).match(*pair), reduced.match(*pair)
+        same = set(map(tuple, matches.indices)) & set(map(tuple, expected.indices))
+        assert len(same) >= 0.97 * max(len(expected), len(matches)) > 20
+        assert matches.stop_layer == expected.stop_layer
+
+
+def test_loading_leaves_the_random_numbers_and_the_checkpoint_alone() -> None:
+    state_dict = learned(kornia_network("96/1/6"))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    network = build_network(state_dict, "test")
+    assert torch.equal(torch.get_rng_state(), before)
+    weight = network.input_proj.weight
+    assert isinstance(weight, Tensor)
+    weight.zero_()
+    assert state_dict["input_proj.weight"].abs().sum() > 0
 
 
 def test_is_a_matcher() -> None:
@@ -523,3 +555,33 @@ def test_bfloat16_keeps_99_percent_of_the_matches_of_real_images(feature: str, p
         same = expected & set(map(tuple, matches.indices.tolist()))
         assert len(same) >= 0.99 * max(len(expected), len(matches))
         assert matches.stop_layer == int(reference[f"{mode}_stop"])
+
+
+KITTI = Path(os.environ.get("LIGHTVO_DATA", "missing")) / "kitti" / "sequences" / "00"
+
+
+@needs_weights
+@pytest.mark.skipif(not KITTI.is_dir(), reason="LIGHTVO_DATA has no kitti/sequences/00")
+def test_neighbouring_frames_lose_less_than_3_percent_of_the_inliers() -> None:
+    """The default exits against all layers, over pairs spread along the sequence."""
+    row = (KITTI / "calib.txt").read_text().splitlines()[0].split()[1:]
+    camera_matrix = np.array(row, dtype=np.float64).reshape(3, 4)[:, :3].copy()
+    load = functools.partial(torch.load, weights_only=True)
+    extractor = Aliked(AlikedConfig(max_keypoints=512), load(WEIGHTS / "aliked-t16.pth"), "cpu")
+    state_dict = load(WEIGHTS / "lightglue-light-aliked-t16.pth")
+    matchers = {preset: LightGlue(LightGlueConfig(preset=preset), state_dict) for preset in ("accurate", "real-time")}
+    num_inliers, num_layers = dict.fromkeys(matchers, 0), dict.fromkeys(matchers, 0)
+    for index in range(0, 200, 40):
+        images = [cv2.imread(str(KITTI / "image_0" / f"{i:06d}.png"), cv2.IMREAD_GRAYSCALE) for i in (index, index + 1)]
+        features0, features1 = (extractor.extract(np.asarray(image, dtype=np.uint8)) for image in images)
+        for preset, matcher in matchers.items():
+            matches = matcher.match(features0, features1)
+            points0 = features0.valid_keypoints()[matches.indices[:, 0]].astype(np.float64)
+            points1 = features1.valid_keypoints()[matches.indices[:, 1]].astype(np.float64)
+            cv2.setRNGSeed(0)
+            _, mask = cv2.findEssentialMat(points0, points1, camera_matrix, cv2.USAC_MAGSAC, 0.999, 1.0)
+            num_inliers[preset] += int(mask.sum())
+            num_layers[preset] += matches.stop_layer
+    assert num_inliers["accurate"] > 5 * 250
+    assert num_inliers["real-time"] > 0.97 * num_inliers["accurate"]
+    assert num_layers["real-time"] <= num_layers["accurate"] / 2
