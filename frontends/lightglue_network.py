@@ -208,8 +208,8 @@ class MatchAssignment(nn.Module):
     def forward(self, x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None) -> Tensor:
         """States (B, M, width), (B, N, width) -> log assignment (B, M + 1, N + 1).
 
-        The inner block is the log of equation 9, -inf where either point is invalid; the last column and row hold
-        the log probability that a point has no match.
+        The inner block is the log of the soft partial assignment, -inf where either point is invalid; the last
+        column and row hold the log probability that a point has no match.
         """
         scale = x0.shape[-1] ** -0.25
         similarity = (self.final_proj(x0) * scale) @ (self.final_proj(x1) * scale).mT

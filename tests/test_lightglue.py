@@ -442,6 +442,17 @@ def test_what_is_remembered_of_a_frame_changes_nothing_and_keeps_nothing_alive()
     assert all(reference() is None for reference, _ in matcher._recent)
 
 
+def test_a_keyframe_in_use_stays_remembered() -> None:
+    matcher = LightGlue(LightGlueConfig(precision="float32"), learned(kornia_network("128/2/6")))
+    keyframe, *frames = (planted_pair(64, seed=seed)[0] for seed in range(7))
+    matcher.match(keyframe, frames[0])
+    remembered = next(encoded for reference, encoded in matcher._recent if reference() is keyframe)
+    for frame0, frame1 in itertools.pairwise(frames):
+        matcher.match(frame0, frame1)
+        matcher.match(keyframe, frame1)
+    assert any(encoded is remembered for _, encoded in matcher._recent)
+
+
 def test_precision_is_named_and_bfloat16_keeps_the_matches() -> None:
     network = kornia_network("128/2/6")
     pair = planted_pair(64)
