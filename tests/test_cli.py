@@ -523,10 +523,37 @@ def test_doctor_sees_a_port_in_use(free_port: int) -> None:
     assert check.state is State.WORKS
 
 
-# --- the datasets themselves -----------------------------------------------------------------------------------------
+# --- the bundled clip and the datasets themselves --------------------------------------------------------------------
 
 DATA = os.environ.get("LIGHTVO_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="LIGHTVO_DATA is not set")
+needs_weights = pytest.mark.skipif(not os.environ.get("LIGHTVO_WEIGHTS"), reason="LIGHTVO_WEIGHTS is not set")
+
+
+def test_bundled_clip_runs_on_orb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first 40 frames, with its own ground truth and intrinsics; the report says what to try next."""
+    assert vo("run", "demo", *ORB, "--max-frames", 40, "--output", tmp_path / "out") == 0
+    assert "try next    vo run webcam:0" in capsys.readouterr().out
+    evaluation = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]
+    assert evaluation["coverage"] > 0.95
+    assert evaluation["rpe_rot_deg"] < 0.2
+    assert evaluation["ate_rmse_m"] < 0.1 * evaluation["path_length_m"]
+
+
+@needs_weights
+@pytest.mark.parametrize("preset", ["default", "xfeat"])
+def test_bundled_clip_runs_on_learned_features(preset: str, tmp_path: Path) -> None:
+    """The same with threads and in a loop, to the last bit; without a warning (pytest makes errors of them)."""
+    for threaded in ("true", "false"):
+        arguments = ("--config", preset, "--publish", "off", "--quiet", "--max-frames", 10)
+        output = ("--set", f"pipeline.threaded={threaded}", "--output", tmp_path / threaded)
+        assert vo("run", "demo", *arguments, *output) == 0
+    summary = json.loads((tmp_path / "true" / "summary.json").read_text())
+    assert summary["poses"] == 10
+    assert len(summary["weights"]) == 2
+    assert summary["mean_stop_layer"] >= 1
+    first, second = [(tmp_path / name / "trajectory_kitti.txt").read_bytes() for name in ("true", "false")]
+    assert first == second
 
 
 @needs_data

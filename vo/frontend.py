@@ -6,13 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from frontends.aliked import Aliked, AlikedConfig
 from frontends.base import Extractor, Matcher
-from frontends.lightglue import LightGlue, LightGlueConfig
-from frontends.nearest import Nearest, NearestConfig
-from frontends.orb import Orb, OrbConfig
-from frontends.weights import load_state_dict, weights_entry
-from frontends.xfeat import XFeat, XFeatConfig
+from frontends.frontend import create_extractor, create_matcher
+from frontends.nearest import NearestConfig
+from frontends.orb import OrbConfig
 from vo.config import Config, FrontendConfig
 from vo.summary import UsedWeights
 from vo.types import ConfigError, WeightsError
@@ -54,29 +51,17 @@ def device_name(device: torch.device) -> str:
 
 
 def create_frontend(config: FrontendConfig, device: torch.device) -> Frontend:
-    """Loads the networks. Raises WeightsError where their weights cannot be had."""
-    weights: list[UsedWeights] = []
-    match config.extractor:
-        case AlikedConfig():
-            state_dict, file = load_state_dict(f"aliked-{config.extractor.variant}", config.extractor.weights)
-            weights.append(UsedWeights(file.name, file.sha256))
-            extractor: Extractor = Aliked(config.extractor, state_dict, device)
-        case XFeatConfig():
-            state_dict, file = load_state_dict("xfeat", config.extractor.weights)
-            weights.append(UsedWeights(file.name, file.sha256))
-            extractor = XFeat(config.extractor, state_dict, device)
-        case OrbConfig():
-            extractor = Orb(config.extractor)
-    match config.matcher:
-        case LightGlueConfig():
-            name = f"lightglue-light-{extractor.kind}"
-            state_dict, file = load_state_dict(name, config.matcher.weights)
-            weights.append(UsedWeights(file.name, file.sha256))
-            matcher: Matcher = LightGlue(config.matcher, state_dict, device, name=name, fits=weights_entry(name).fits)
-        case NearestConfig():
-            matcher = Nearest(config.matcher)
-    description = f"{extractor.kind} + {config.matcher.name}"
-    return Frontend(extractor, matcher, description, device_name(device), tuple(weights))
+    """Loads the networks. Raises WeightsError where their weights cannot be had or do not fit each other."""
+    extractor = create_extractor(config.extractor, device)
+    matcher = create_matcher(config.matcher, extractor.extractor.kind, device)
+    files = [loaded.weights for loaded in (extractor, matcher) if loaded.weights is not None]
+    return Frontend(
+        extractor.extractor,
+        matcher.matcher,
+        f"{extractor.extractor.kind} + {config.matcher.name}",
+        device_name(device),
+        tuple(UsedWeights(file.name, file.sha256) for file in files),
+    )
 
 
 def create_frontend_or_orb(config: Config, device: torch.device) -> tuple[Config, Frontend]:
