@@ -8,6 +8,8 @@ import io
 import os
 import pickle
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 
 from frontends import weights
 from frontends.base import WeightsError
-from frontends.weights import Origin, fetch, list_weights, load_state_dict, verify
+from frontends.weights import Origin, fetch, list_weights, load_file, load_state_dict, verify
 from frontends.weights_registry import REGISTRY, KnownFile, WeightsEntry
 
 needs_weights = pytest.mark.skipif("LIGHTVO_WEIGHTS" not in os.environ, reason="LIGHTVO_WEIGHTS is not set")
@@ -174,6 +176,26 @@ def test_an_explicit_path_with_an_unknown_hash_is_loaded_and_recorded(
     assert file.sha256 == hashlib.sha256(content).hexdigest()
     path.write_bytes(CONTENT)
     assert load_state_dict("toy", path=path)[1].is_verified
+
+
+def test_a_file_goes_by_its_name_in_the_registry_if_its_hash_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, known_file())
+    (tmp_path / "renamed.pth").write_bytes(CONTENT)
+    (tmp_path / "other.pth").write_bytes(saved({"a": torch.zeros(1)}))
+    state_dict, file = load_file(tmp_path / "renamed.pth")
+    assert (file.name, file.licence, file.is_verified, file.origin) == ("toy", "Apache-2.0", True, Origin.EXPLICIT)
+    assert list(state_dict) == ["layer.weight", "layer.bias"]
+    file = load_file(tmp_path / "other.pth")[1]
+    assert (file.name, file.licence, file.is_verified) == ("other", "unknown", False)
+    with pytest.raises(WeightsError, match="no such file"):
+        load_file(tmp_path / "absent.pth")
+
+
+def test_listing_weights_imports_no_network_library() -> None:
+    code = "import sys, frontends.weights as w; w.list_weights(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
