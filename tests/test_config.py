@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from frontends.base import check_settings, setting
+from vo import config_loader
 from vo.config import Config
 from vo.config_loader import (
     config_tree,
@@ -80,9 +81,7 @@ def write(folder: Path, text: str) -> Path:
 
 def loaded(text: str) -> Tree:
     """A `Tree` from YAML text, through the same reader as `load_config`."""
-    from vo.config_loader import _read_tree
-
-    return parse_config(Tree, _read_tree(text))
+    return parse_config(Tree, config_loader._read_tree(text))
 
 
 @pytest.mark.parametrize(
@@ -257,6 +256,19 @@ def test_presets_load_and_say_why() -> None:
         text = (preset_directory() / f"{name}.yaml").read_text(encoding="utf-8")
         assert text.startswith("#"), f"{name}.yaml does not say what it is for"
     assert load_config("default") == Config()
+
+
+def test_presets_of_an_installed_wheel_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a wheel the presets lie inside the package, in a checkout beside it."""
+    module = tmp_path / "vo" / "config_loader.py"
+    monkeypatch.setattr(config_loader, "__file__", str(module))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").write_text("pipeline: {channel_capacity: 3}\n")
+    assert load_config("mine").pipeline.channel_capacity == 3
+    (tmp_path / "vo" / "configs").mkdir(parents=True)
+    (tmp_path / "vo" / "configs" / "mine.yaml").write_text("pipeline: {channel_capacity: 4}\n")
+    assert load_config("mine").pipeline.channel_capacity == 4
+    assert preset_names() == ["mine"]
 
 
 def test_presets_hold_only_what_differs() -> None:
