@@ -18,7 +18,7 @@ import torch
 
 from frontends.base import Extractor, Features, Matcher, Matches
 from vo.bench_compare import WARM_UP_CALLS, Conditions, compare
-from vo.bench_machine import Machine, portable_source, read_machine
+from vo.bench_machine import CpuWatch, Machine, portable_source, read_machine
 from vo.bench_peers import NotComparable, create_peer
 from vo.bench_report import BenchResult, Comparison, OdometryTiming, StageTiming, bench_json, bench_lines
 from vo.bench_statistics import time_call, timing
@@ -93,7 +93,7 @@ def run_bench(request: BenchRequest, advance: Advance) -> BenchResult:
         torch.set_num_threads(request.num_threads)
         cv2.setNumThreads(request.num_threads)
     frames, camera, source_name = read_frames(request)
-    machine = _machine(device)
+    machine, watch = _machine(device), CpuWatch()
     start_s = time.perf_counter()
     frontend = create_frontend(config.frontend, device)
     load_s = time.perf_counter() - start_s
@@ -119,6 +119,7 @@ def run_bench(request: BenchRequest, advance: Advance) -> BenchResult:
         load_s=load_s,
         odometry=odometry,
         peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        others_share=watch.others_share(),
         comparisons=comparisons,
         not_compared=not_compared,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,6 @@ class Machine:
     num_cores     that this process may use.
     cpu_flags     instruction sets that matter for neural networks.
     num_threads   of PyTorch, None where nothing of PyTorch ran.
-    load_average  of the last minute before the measurement, None where the system does not tell; above a few
-                  tenths, other work shared the cores.
     omp_wait_policy  of the environment; empty: the library's own.
     gpu           its name, None where none was used.
     """
@@ -31,7 +30,6 @@ class Machine:
     memory_bytes: int | None
     system: str
     num_threads: int | None = None
-    load_average: float | None = None
     omp_wait_policy: str = ""
     gpu: str | None = None
     gpu_memory_bytes: int | None = None
@@ -49,7 +47,6 @@ def read_machine(
         memory_bytes=parse_meminfo(_read_lines(Path("/proc/meminfo"))),
         system=f"{platform.system()} {platform.machine()}",
         num_threads=num_threads,
-        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         omp_wait_policy=os.environ.get("OMP_WAIT_POLICY", ""),
         gpu=gpu,
         gpu_memory_bytes=gpu_memory_bytes,
@@ -73,6 +70,37 @@ def parse_meminfo(lines: Iterable[str]) -> int | None:
         if key == "MemTotal":
             return int(value.split()[0]) * 1024
     return None
+
+
+class CpuWatch:
+    """How much of the processors other work takes, from now on: it is what makes times of this process worthless."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def others_share(self) -> float | None:
+        """Share of all processor time since the beginning that was not idle and not ours; None where it is unknown."""
+        (busy0_s, total0_s, own0_s), (busy1_s, total1_s, own1_s) = self._start, self._now()
+        if total1_s <= total0_s:
+            return None
+        return max(0.0, (busy1_s - busy0_s - (own1_s - own0_s)) / (total1_s - total0_s))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        return (*parse_cpu_times(_read_lines(Path("/proc/stat"))), time.process_time())
+
+
+def parse_cpu_times(lines: Iterable[str]) -> tuple[float, float]:
+    """Busy and total processor time since the system started, s, of Linux's /proc/stat; zeros where it does not say."""
+    for line in lines:
+        name, *values = line.split()
+        if name == "cpu":
+            # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in user already.
+            ticks = [int(value) for value in values[:8]]
+            idle = sum(ticks[3:5])
+            ticks_per_s = os.sysconf("SC_CLK_TCK")
+            return (sum(ticks) - idle) / ticks_per_s, sum(ticks) / ticks_per_s
+    return 0.0, 0.0
 
 
 def portable_source(name: str) -> str:

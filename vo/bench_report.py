@@ -74,6 +74,7 @@ class BenchResult:
     extractor_precision, matcher_precision   what was picked on this machine.
     load_s         from the configuration to networks with weights.
     peak_gpu_bytes allocated on the GPU at most.
+    others_share   of the processors' time while it was measured that other work took; None where it is unknown.
     not_compared   why a peer or a stage of it is missing, one sentence each.
     """
 
@@ -95,6 +96,7 @@ class BenchResult:
     load_s: float
     odometry: OdometryTiming
     peak_gpu_bytes: int | None = None
+    others_share: float | None = None
     comparisons: tuple[Comparison, ...] = ()
     not_compared: tuple[str, ...] = ()
 
@@ -114,6 +116,7 @@ def bench_lines(result: BenchResult) -> list[str]:
     return [
         f"source     {r.source}, {r.num_frames} frames of {r.width}x{r.height}, {r.date}",
         f"machine    {_machine(r.machine)}",
+        *([f"disturbed  other work took {100 * r.others_share:.0f} % of the processors"] if r.others_share else []),
         f"frontend   {r.extractor} ({r.max_keypoints} keypoints; {r.extractor_precision}) + "
         f"{r.matcher} ({r.matcher_precision})",
         f"start      networks {r.load_s:.1f} s, first frame {o.first_frame_ms:.0f} ms",
@@ -133,9 +136,8 @@ def bench_lines(result: BenchResult) -> list[str]:
 def _machine(machine: Machine) -> str:
     threads = f", {machine.num_threads} threads" if machine.num_threads is not None else ""
     flags = f", {' '.join(machine.cpu_flags)}" if machine.cpu_flags else ""
-    load = f", load {machine.load_average:.1f}" if machine.load_average is not None else ""
     gpu = f"; {machine.gpu}" if machine.gpu is not None else ""
-    return f"{machine.cpu}, {machine.num_cores} cores{threads}{flags}{load}{gpu}"
+    return f"{machine.cpu}, {machine.num_cores} cores{threads}{flags}{gpu}"
 
 
 def _timing(timing: Timing) -> tuple[str, ...]:

@@ -1,0 +1,251 @@
+"""Markdown tables of the figures that `vo bench --json` and the measuring tools write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Tree = dict[str, Any]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], num_left: int = 1) -> list[str]:
+    """A Markdown table; the first `num_left` columns are aligned to the left, the others to the right."""
+    marks = ["---" if column < num_left else "---:" for column in range(len(header))]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
+
+
+def machine_lines(results: Sequence[Tree]) -> list[str]:
+    """Every machine and set of versions that occurs, with the dates it was used on."""
+    seen: dict[str, set[str]] = {}
+    for result in results:
+        seen.setdefault(_machine_text(result), set()).add(result["date"])
+    return [f"- {machine} ({', '.join(sorted(dates))})" for machine, dates in seen.items()]
+
+
+def _machine_text(result: Tree) -> str:
+    machine = result["machine"]
+    parts = [f"{machine['cpu']}, {machine['num_cores']} cores"]
+    if machine["memory_bytes"] is not None:
+        parts.append(f"{machine['memory_bytes'] / 2**30:.0f} GiB")
+    parts.append(" ".join(machine["cpu_flags"]))
+    if machine["gpu"] is not None:
+        parts.append(machine["gpu"])
+    shown = ("python", "torch", "kornia", "opencv-python", "numpy")
+    versions = result.get("versions", {})
+    parts.append(", ".join(f"{name} {versions[name]}" for name in shown if name in versions))
+    return "; ".join(part for part in parts if part)
+
+
+def comparison_lines(results: Sequence[Tree]) -> list[str]:
+    """One row per benchmark, stage and peer."""
+    header = (
+        "source",
+        "stage",
+        "ours",
+        "ms",
+        "against",
+        "ms",
+        "**ratio**",
+        "90 % interval",
+        "single pairs",
+        "found (ours / theirs)",
+        "same",
+        "disturbed",
+    )
+    rows = [_comparison_row(result, item) for result in results for item in result["comparisons"]]
+    return table(header, rows, num_left=3) if rows else ["No comparison has been measured yet."]
+
+
+def _comparison_row(result: Tree, item: Tree) -> tuple[str, ...]:
+    ratio = item["ratio"]
+    method = {
+        "extract": f"{result['extractor']}, {result['extractor_precision']}",
+        "match": f"{result['matcher']}, {result['matcher_precision']}",
+        "frame": f"{result['extractor']} + {result['matcher']}",
+    }[item["stage"]]
+    return (
+        f"{result['source']} {result['width']}x{result['height']}, {result['max_keypoints']} keypoints",
+        item["stage"],
+        method,
+        f"{item['ours']['median_ms']:.1f}",
+        item["description"],
+        f"{item['theirs']['median_ms']:.1f}",
+        f"**{ratio['median']:.2f}x**",
+        f"{ratio['low']:.2f} to {ratio['high']:.2f}",
+        f"{ratio['min']:.2f} to {ratio['max']:.2f} ({ratio['num_pairs']})",
+        f"{item['ours_count']:.0f} / {item['theirs_count']:.0f} {item['counted']}{_layers(item)}",
+        "" if item["agreement"] is None else f"{100 * item['agreement']:.1f} %",
+        _disturbed(result),
+    )
+
+
+def _disturbed(result: Tree) -> str:
+    share = result["others_share"]
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _layers(item: Tree) -> str:
+    if item["ours_layers"] is None and item["theirs_layers"] is None:
+        return ""
+    values = ("-" if value is None else f"{value:.1f}" for value in (item["ours_layers"], item["theirs_layers"]))
+    return f"; layers {' / '.join(values)}"
+
+
+def stage_lines(results: Sequence[Tree]) -> list[str]:
+    """One row per benchmark: the stages of the odometry, run one after the other."""
+    names = ("extract", "match", "track", "frame")
+    header = (
+        "source",
+        "frontend",
+        *(f"{name}, ms" for name in names),
+        "frame p95 / p99 / max",
+        "frames/s",
+        "disturbed",
+    )
+    rows = []
+    for result in results:
+        stages = result["odometry"]["stages"]
+        frame = stages["frame"]
+        rows.append(
+            (
+                f"{result['source']} {result['width']}x{result['height']}, {result['max_keypoints']} keypoints",
+                f"{result['extractor']} + {result['matcher']}",
+                *(f"{stages[name]['median_ms']:.1f}" if name in stages else "-" for name in names),
+                f"{frame['p95_ms']:.0f} / {frame['p99_ms']:.0f} / {frame['max_ms']:.0f}",
+                f"{result['odometry']['fps']:.1f}",
+                _disturbed(result),
+            )
+        )
+    return table(header, rows, num_left=2) if rows else ["Not measured yet."]
+
+
+def memory_lines(results: Sequence[Tree]) -> list[str]:
+    """One row per run: its largest resident set."""
+    rows = [
+        (
+            f"`{result['command']}`",
+            str(result["num_frames"]),
+            " + ".join(result["weights"]) or "no weights",
+            f"**{result['peak_bytes'] / 1e9:.2f} GB**",
+            f"{result['limit_bytes'] / 1e9:.1f} GB",
+        )
+        for result in results
+    ]
+    return table(("run", "frames", "weights", "peak", "limit"), rows) if rows else ["Not measured yet."]
+
+
+def matching_lines(result: Tree) -> list[str]:
+    """Quality of every method at every gap, and what the adaptive settings cost."""
+    return [
+        f"{result['source']}, {result['num_frames']} frames, at most {result['max_keypoints']} keypoints each, "
+        f"{result['date']}. Adaptive: depth confidence {result['depth_confidence']:g}, "
+        f"width confidence {result['width_confidence']:g}.",
+        "",
+        *table(_METHOD_HEADER, [_method_row(method) for method in result["methods"]], num_left=3),
+        "",
+        "What adaptive depth and width cost against all layers and points, on the pairs that both pose "
+        "(90 % bootstrap interval over the pairs; a negative loss is a gain):",
+        "",
+        *table(_COST_HEADER, [_cost_row(cost) for cost in result["adaptive_costs"]], num_left=2),
+    ]
+
+
+_METHOD_HEADER = (
+    "gap",
+    "features",
+    "matcher",
+    "pairs (rejected)",
+    "matches",
+    "inliers",
+    "true inliers",
+    "precision",
+    "rotation error, deg: median / mean",
+    "direction error, deg: median / mean",
+    "layers",
+    "kept",
+    "match, ms",
+)
+
+_COST_HEADER = (
+    "gap",
+    "features",
+    "pairs",
+    "inliers lost",
+    "true inliers lost",
+    "rotation error, deg",
+    "direction error, deg",
+)
+
+
+def _method_row(method: Tree) -> tuple[str, ...]:
+    return (
+        str(method["gap"]),
+        method["extractor"],
+        method["matcher"],
+        f"{method['num_pairs']} ({method['num_rejected']})",
+        f"{method['matches']:.0f}",
+        f"{method['inliers']:.0f}",
+        f"{method['true_inliers']:.0f}",
+        f"{method['precision']:.3f}",
+        f"{method['rotation_median_deg']:.3f} / {method['rotation_mean_deg']:.3f}",
+        f"{method['direction_median_deg']:.2f} / {method['direction_mean_deg']:.2f}",
+        f"{method['stop_layer']:.1f}" if method["stop_layer"] > 0 else "",
+        f"{100 * method['kept_share']:.0f} %" if method["stop_layer"] > 0 else "",
+        f"{method['match_median_ms']:.1f}",
+    )
+
+
+def _cost_row(cost: Tree) -> tuple[str, ...]:
+    return (
+        str(cost["gap"]),
+        cost["extractor"],
+        str(cost["num_pairs"]),
+        _change(cost["inlier_loss_percent"], "{:.1f} %"),
+        _change(cost["true_inlier_loss_percent"], "{:.1f} %"),
+        _change(cost["rotation_change_deg"], "{:+.4f}"),
+        _change(cost["direction_change_deg"], "{:+.3f}"),
+    )
+
+
+def _change(change: Tree, form: str) -> str:
+    value, low, high = (form.format(change[key]) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def run_lines(results: Sequence[Tree]) -> list[str]:
+    """One row per recorded run: speed and accuracy."""
+    header = (
+        "run",
+        "source",
+        "frames",
+        "poses",
+        "frames/s",
+        "latency p50 / p95, ms",
+        "ATE, m",
+        "rotation per frame, deg",
+        "alignment",
+        "path, m",
+    )
+    rows = [_run_row(result["label"], result["summary"]) for result in results]
+    return table(header, rows, num_left=2) if rows else ["No figures yet."]
+
+
+def _run_row(label: str, summary: Tree) -> tuple[str, ...]:
+    latency, evaluation = summary["latency_ms"], summary["evaluation"]
+    accuracy = ("", "", "", "")
+    if evaluation is not None:
+        accuracy = (
+            f"{evaluation['ate_rmse_m']:.3f}",
+            f"{evaluation['rpe_rot_deg']:.3f}",
+            evaluation["align"],
+            f"{evaluation['path_length_m']:.1f}",
+        )
+    return (
+        label,
+        summary["source"],
+        str(summary["frames_processed"]),
+        str(summary["poses"]),
+        f"{summary['fps']:.1f}",
+        "" if latency is None else f"{latency['p50']:.0f} / {latency['p95']:.0f}",
+        *accuracy,
+    )

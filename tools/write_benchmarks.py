@@ -1,0 +1,278 @@
+"""Write BENCHMARKS.md from the figures in benchmarks/*.json, so that none is typed by hand.
+
+python tools/write_benchmarks.py                          write BENCHMARKS.md
+python tools/write_benchmarks.py --check                  exit with 1 where it is not what the figures say
+python tools/write_benchmarks.py --add-run NAME=OUT_DIR   keep the summary.json of `vo run --output OUT_DIR` first
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmark_tables import (
+    Tree,
+    comparison_lines,
+    machine_lines,
+    matching_lines,
+    memory_lines,
+    run_lines,
+    stage_lines,
+    table,
+)
+
+from vo.bench_machine import portable_source, read_machine
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN_SCHEMA = "lightvo-run/1"
+SCHEMAS = {
+    "lightvo-bench/1": "bench",
+    "lightvo-matching/1": "matching",
+    "lightvo-memory/1": "memory",
+    RUN_SCHEMA: "run",
+}
+
+# What only a GPU can show: the figure, its bound on one H200, the command that measures it, and where it stands there.
+GPU_FIGURES = (
+    (
+        "capture to pose, p50 and p99, 640x480, ALIKED-T16 + LightGlue",
+        "4 ms and 7 ms",
+        "vo run demo --device cuda --realtime --set pipeline.policy=latest --output out/gpu-live",
+        "`latency_ms` in summary.json",
+    ),
+    (
+        "the same with XFeat",
+        "3 ms and 5 ms",
+        "vo run demo --config xfeat --device cuda --realtime --set pipeline.policy=latest --output out/gpu-live-xfeat",
+        "`latency_ms` in summary.json",
+    ),
+    (
+        "throughput, no frame dropped, ALIKED-T16 + LightGlue",
+        "400 frames/s",
+        "vo run demo --device cuda --set pipeline.policy=lossless --output out/gpu-lossless",
+        "`fps` in summary.json",
+    ),
+    (
+        "the same with XFeat",
+        "600 frames/s",
+        "vo run demo --config xfeat --device cuda --set pipeline.policy=lossless --output out/gpu-lossless-xfeat",
+        "`fps` in summary.json",
+    ),
+    (
+        "extraction, matching and both with the same robust estimation, against kornia on the same GPU",
+        "8x",
+        "vo bench demo --device cuda --against kornia --repeats 200 --frames 60 --json > benchmarks/gpu-aliked.json",
+        "`ratio` of every stage",
+    ),
+    (
+        "the same with XFeat",
+        "8x",
+        "vo bench demo --config xfeat --device cuda --against kornia --repeats 200 --frames 60 --json "
+        "> benchmarks/gpu-xfeat.json",
+        "`ratio` of every stage",
+    ),
+    (
+        "time of every stage on the GPU (p50, p95, p99, max), start-up, GPU memory",
+        "",
+        "vo bench demo --device cuda --repeats 1000 --frames 200",
+        "table of stages, `start`, `memory`",
+    ),
+    (
+        "memory over 10,000 frames: flat after the start",
+        "as after 1000 frames",
+        "vo bench demo --device cuda --repeats 10000 --frames 200",
+        "`memory`, against that of the line above",
+    ),
+    (
+        "the trajectory of the GPU against that of the CPU in float32",
+        "within the accuracy gate",
+        "vo run demo --device cpu --output out/cpu && vo run demo --device cuda --output out/gpu && "
+        "vo eval out/gpu/trajectory_tum.txt --truth out/cpu/trajectory_tum.txt --align none",
+        "`ATE`",
+    ),
+    (
+        "accuracy of the lower precisions: matches and poses against float32 on the CPU",
+        "99 % of the matches",
+        "python tools/matching_quality.py --source kitti:DIR --device cuda --json benchmarks/matching-gpu.json",
+        "beside the table above",
+    ),
+)
+
+INTRODUCTION = """# Benchmarks
+
+Every figure here comes from a file in `benchmarks/`, written by the tool that measured it;
+`python tools/write_benchmarks.py` turns them into this page.
+
+How speed is measured (`vo bench`): real consecutive frames, calls that are not timed first, then our method and the
+other one in turn (ours, theirs, ours, theirs, ...) in one process with the same number of threads. Both have the same
+weights, the same images and the same number of keypoints; both start from the frame's pixels (uint8) or, for matching,
+from the same features in memory. The ratio is taken pair by pair; given are its median and the 90 % bootstrap interval
+of that median. "same" is the share of the other's keypoints that ours has within 0.1 px, or of its matches that ours
+has too. "frame" is extraction, matching to the previous frame and the relative pose, with the same robust estimation
+for both. "disturbed" is the share of the processors' time that other work took meanwhile: above a few percent, the
+times are too long, and only the ratios mean something. OpenMP runs as
+PyTorch sets it up.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write BENCHMARKS.md from the figures in benchmarks/.")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks", help="where the figures lie")
+    parser.add_argument("--output", type=Path, default=ROOT / "BENCHMARKS.md", help="the page to write")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is out of date")
+    parser.add_argument("--add-run", metavar="NAME=DIR", action="append", default=[], help="keep a run's summary.json")
+    options = parser.parse_args(arguments)
+    try:
+        for run in options.add_run:
+            add_run(run, options.results)
+        page = render(read_results(options.results))
+    except (OSError, ValueError) as error:
+        print(f"write_benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        is_current = options.output.is_file() and options.output.read_text(encoding="utf-8") == page
+        print(f"{options.output.name}: {'as measured' if is_current else 'out of date: run tools/write_benchmarks.py'}")
+        return 0 if is_current else 1
+    options.output.write_text(page, encoding="utf-8")
+    return 0
+
+
+def add_run(text: str, results: Path) -> Path:
+    """Copies DIR/summary.json to run-NAME.json, with this machine and without its paths."""
+    name, separator, directory = text.partition("=")
+    if not separator or not name.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"--add-run {text}: expected NAME=DIR with letters, digits, - and _ in NAME")
+    summary = json.loads((Path(directory) / "summary.json").read_text(encoding="utf-8"))
+    summary["source"] = portable_source(summary["source"])
+    if summary.get("evaluation") is not None:
+        for key in ("trajectory_name", "truth_name"):
+            summary["evaluation"][key] = Path(summary["evaluation"][key]).name
+    tree = {"schema": RUN_SCHEMA, "label": name, "machine": asdict(read_machine()), "summary": summary}
+    path = results / f"run-{name}.json"
+    results.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_results(directory: Path) -> dict[str, list[Tree]]:
+    """The figures of every kind, in the order of the file names. ValueError names a file that is none of them."""
+    results: dict[str, list[Tree]] = {kind: [] for kind in SCHEMAS.values()}
+    for path in sorted(directory.glob("*.json")):
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path.name}: not JSON: {error}") from error
+        schema = tree.get("schema") if isinstance(tree, dict) else None
+        if schema not in SCHEMAS:
+            raise ValueError(f"{path.name}: schema {schema!r} is none of {', '.join(SCHEMAS)}")
+        results[SCHEMAS[schema]].append({**tree, "file": path.name})
+    return results
+
+
+def render(results: dict[str, list[Tree]]) -> str:
+    """The whole page."""
+    on_cpu = [result for result in results["bench"] if result["machine"]["gpu"] is None]
+    on_gpu = [result for result in results["bench"] if result["machine"]["gpu"] is not None]
+    measured = [*on_cpu, *results["matching"], *results["memory"]]
+    lines = [
+        INTRODUCTION,
+        "## CPU",
+        "",
+        *(machine_lines([*on_cpu, *results["matching"]]) or ["Not measured yet."]),
+        "",
+        "### Against other implementations",
+        "",
+        *comparison_lines(on_cpu),
+        "",
+        *_reasons(on_cpu),
+        "### Stages, one after the other",
+        "",
+        "Medians; `vo run` overlaps the stages, one thread each. `track` is the odometry without the matching.",
+        "",
+        *stage_lines(on_cpu),
+        "",
+        "### Memory",
+        "",
+        "Largest resident set of the whole process (`tools/peak_memory.py`).",
+        "",
+        *memory_lines(results["memory"]),
+        "",
+        "### Commands",
+        "",
+        *(_commands(measured) or ["None yet."]),
+        "",
+        "## Matching quality",
+        "",
+        MATCHING_INTRODUCTION,
+        *_matching(results["matching"]),
+        "## Odometry accuracy",
+        "",
+        "Whole runs of `vo run --output DIR`, kept by `python tools/write_benchmarks.py --add-run NAME=DIR`.",
+        "",
+        *run_lines(results["run"]),
+        "",
+        *_gpu(on_gpu),
+    ]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+MATCHING_INTRODUCTION = """Measured by `tools/matching_quality.py`. `inliers` agree with the estimated relative pose
+(USAC_MAGSAC and refinement, 1 px); `true inliers` lie within 1.5 px of both epipolar lines of the true motion, and
+`precision` is their share of the matches. Errors are those of the estimated pose over the pairs that were posed; the
+ground truth has an error of its own, so they are worth comparing rather than reading alone. `kept` is the share of
+points that were still in play at the end. `match, ms` is one call without anything known of either frame, so a little
+more than in a run, where the previous frame is known.
+"""
+
+
+def _matching(results: Sequence[Tree]) -> list[str]:
+    lines: list[str] = []
+    for result in results:
+        lines += [*matching_lines(result), ""]
+    return lines or ["Not measured yet.", ""]
+
+
+def _reasons(results: Sequence[Tree]) -> list[str]:
+    reasons = dict.fromkeys(reason for result in results for reason in result["not_compared"])
+    return [*(f"- Not compared: {reason}" for reason in reasons), ""] if reasons else []
+
+
+def _commands(results: Sequence[Tree]) -> list[str]:
+    return [f"- `{result['file']}`: `{result['command']}`" for result in results]
+
+
+def _gpu(results: Sequence[Tree]) -> list[str]:
+    if results:
+        return [
+            "## GPU",
+            "",
+            *machine_lines(results),
+            "",
+            *comparison_lines(results),
+            "",
+            *stage_lines(results),
+            "",
+            *_commands(results),
+            "",
+            "### Not yet measured",
+            "",
+            *_gpu_table(),
+        ]
+    return ["## GPU: not yet measured", "", *_gpu_table()]
+
+
+def _gpu_table() -> list[str]:
+    rows = [(what, bound, f"`{command}`", where) for what, bound, command, where in GPU_FIGURES]
+    return [
+        "Bounds are for one NVIDIA H200.",
+        "",
+        *table(("figure", "bound", "command", "where it stands"), rows, num_left=4),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
