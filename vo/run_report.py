@@ -98,7 +98,7 @@ def report_lines(
     lines = [
         f"frames      {s.frames_read} read, {s.poses} with a pose, {s.keyframes} keyframes; "
         f"{s.frames_dropped} dropped, {s.frames_skipped} skipped, lost {_times(s.lost_episodes)}{_stationary(s)}"
-        f"{' (interrupted)' if s.interrupted else ''}",
+        f"{f' (interrupted after {s.frames_processed})' if s.interrupted else ''}",
         f"speed       {s.fps:.1f} fps with {frontend} on {s.device}{_latency(s)}",
         f"per frame   {_means(s)}median ms: {', '.join(f'{stage.name} {stage.p50_ms:.1f}' for stage in s.stages)}",
         *(f"skipped     {frame.name}: {frame.reason}" for frame in skipped[:_MAX_LISTED]),
