@@ -92,7 +92,7 @@ class XFeatNetwork(nn.Module):
     def forward(self, gray: Tensor) -> XFeatMaps:
         """`gray` (B, 1, H, W) float32 in [0, 1], the mean of the colour channels; sides are multiples of 32."""
         gray = _instance_norm(gray)
-        stem = self.block1(gray.contiguous(memory_format=torch.channels_last))
+        stem = self.block1(gray).contiguous(memory_format=torch.channels_last)
         pooled = F.pad(F.avg_pool2d(gray, 4).reshape(-1, 1), (0, 1), value=1.0)
         stem.permute(0, 2, 3, 1).view(-1, stem.shape[1]).addmm_(pooled, self.skip1)
         eighth = self.block3(self.block2(stem.to(self.dtype)))

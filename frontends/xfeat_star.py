@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from frontends.base import Features, Matches, WeightsError, check_settings, resized_shape, setting, to_full_resolution
-from frontends.xfeat import check_image, gray_batch, picked_precision, resized_to_stride
+from frontends.xfeat import check_image, gray_batch, keep_freed_memory, picked_precision, resized_to_stride
 from frontends.xfeat_network import CELL_PX, DESCRIPTOR_DIM, checkpoint_tensor, fold_batch_norm, load_network
 
 # Inverse temperature of the distribution over the pixels of a cell.
@@ -76,6 +76,8 @@ class XFeatStar:
         self.device = torch.device(device)
         self._network = load_network(state_dict, self.device, picked_precision(config.precision))
         self._fine_matcher = load_fine_matcher(state_dict, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def kind(self) -> str:
