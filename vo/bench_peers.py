@@ -23,11 +23,12 @@ from torch import Tensor
 
 from frontends.aliked import AlikedConfig
 from frontends.base import Extractor, Features, Matcher, Matches, resized_shape, to_full_resolution
-from frontends.lightglue import LightGlue, LightGlueConfig
+from frontends.frontend import matcher_weights
+from frontends.lightglue import LightGlueConfig
 from frontends.lightglue_network import published_names, read_architecture
 from frontends.nearest import NearestConfig
 from frontends.orb import OrbConfig
-from frontends.weights import load_state_dict
+from frontends.weights import load_file, load_state_dict
 from frontends.xfeat import XFeatConfig
 from vo.config import FrontendConfig
 from vo.frontend import Frontend
@@ -102,9 +103,10 @@ def _kornia_matcher(
         if isinstance(config.extractor, OrbConfig):
             raise NotComparable("kornia: its mutual nearest neighbours take no binary descriptors")
         return KorniaNearest(config.matcher, kornia_feature)
-    if not isinstance(frontend.matcher, LightGlue):
-        raise NotComparable(f"kornia: nothing like {type(frontend.matcher).__name__}")
-    state_dict, _ = load_state_dict(frontend.matcher.name, config.matcher.weights)
+    if config.matcher.weights is None:
+        state_dict, _ = load_state_dict(matcher_weights(frontend.extractor.kind))
+    else:
+        state_dict, _ = load_file(config.matcher.weights)
     return KorniaLightGlue(config.matcher, state_dict, kornia_feature, device)
 
 

@@ -134,7 +134,7 @@ def bench_lines(result: BenchResult) -> list[str]:
 
 
 def _machine(machine: Machine) -> str:
-    threads = f", {machine.num_threads} threads" if machine.num_threads is not None else ""
+    threads = "" if machine.num_threads is None else f", {machine.num_threads} thread{'s'[: machine.num_threads - 1]}"
     flags = f", {' '.join(machine.cpu_flags)}" if machine.cpu_flags else ""
     gpu = f"; {machine.gpu}" if machine.gpu is not None else ""
     return f"{machine.cpu}, {machine.num_cores} cores{threads}{flags}{gpu}"
