@@ -33,7 +33,7 @@ class OdometryConfig:
     min_matches: int = setting(30, minimum=8, help="fewer matches to the previous frame and the frame is lost")
     min_inliers: int = setting(15, minimum=6, help="fewer landmarks that agree with a pose are a rejection")
     min_inlier_ratio: float = setting(0.4, minimum=0.0, maximum=1.0, help="of the landmarks in view, for a pose")
-    stationary_px: float = setting(0.5, minimum=0.0, help="median motion of the image below which the pose is held, px")
+    stationary_px: float = setting(0.5, minimum=0.0, help="image motion below which the pose is held, px")
     pose_threshold_px: float = setting(3.0, minimum=0.1, help="reprojection error of an inlier landmark, px")
     init_parallax_deg: float = setting(0.4, minimum=0.05, maximum=20.0, help="median parallax to start a map, deg")
     init_landmarks: int = setting(40, minimum=10, help="landmarks needed to start a map")
@@ -41,6 +41,9 @@ class OdometryConfig:
     triangulation_error_px: float = setting(2.0, minimum=0.1, help="reprojection error of a new landmark, px")
     keyframe_motion_px: float = setting(15.0, minimum=0.0, help="median image motion that makes a keyframe, px")
     keyframe_landmark_ratio: float = setting(0.8, minimum=0.0, maximum=1.0, help="share still seen that makes one")
+    reconnect_keyframes: int = setting(
+        1, minimum=0, maximum=10, help="keyframes, besides the previous frame, that a frame is matched to"
+    )
     window_size: int = setting(10, minimum=3, maximum=40, help="keyframes refined together")
     window_fixed: int = setting(2, minimum=2, maximum=10, help="oldest keyframes that hold the gauge")
     window_iterations: int = setting(6, minimum=1, maximum=50, help="steps of the bundle adjustment")

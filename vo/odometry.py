@@ -18,6 +18,7 @@ from frontends.base import Features, Matches
 from vo.config import OdometryConfig, TwoViewConfig
 from vo.geometry import (
     AbsolutePose,
+    essential_matrix,
     estimate_absolute_pose,
     estimate_relative_pose,
     fit_rotation,
@@ -27,6 +28,7 @@ from vo.geometry import (
     ray_depths,
     refine_absolute_pose,
     reproject,
+    sampson_distance,
     transform,
     translation_scale,
     undistort,
@@ -242,6 +244,8 @@ class Odometry:
         view.T_world_camera = posed.pose.T_world_camera
         view.track_ids[posed.wrong_rows] = -1
         is_stationary = self._is_still(view)
+        if not is_stationary:
+            posed = self._reconnect(view, posed)
         if is_stationary and self._still_reference is not None:
             view.T_world_camera = self._still_reference.T_world_camera
         self._observe(view)
@@ -259,6 +263,53 @@ class Odometry:
             is_stationary=is_stationary,
             covariance=posed.pose.covariance,
         )
+
+    def _reconnect(self, view: View, posed: _Posed) -> _Posed:
+        """Finds tracks again that the previous frame missed, by matching to keyframes, and refines the pose with them.
+
+        A detector does not find every point in every frame; without this a track dies of one miss.
+        """
+        others = [keyframe for keyframe in self._window.keyframes if keyframe is not self._previous]
+        num_found = sum(self._rejoin(view, keyframe) for keyframe in others[-self._config.reconnect_keyframes :][::-1])
+        if self._config.reconnect_keyframes == 0 or num_found == 0:
+            return posed
+        points, has_landmark = self._tracks.landmarks(view.track_ids)
+        rows = np.flatnonzero(has_landmark)
+        pose = refine_absolute_pose(
+            view.T_world_camera,
+            points[rows],
+            view.rays[rows],
+            self._camera.focal_px,
+            self._config.pose_threshold_px,
+        )
+        if not self._is_good(pose):
+            return posed
+        view.T_world_camera = pose.T_world_camera
+        view.track_ids[rows[~pose.inliers]] = -1
+        return _Posed(pose, int(pose.inliers.sum()), rows[~pose.inliers])
+
+    def _rejoin(self, view: View, keyframe: View) -> int:
+        """Extends tracks of the keyframe that `view` has lost, where geometry and landmark agree; returns how many."""
+        matches = self._match(keyframe.features, view.features)
+        rows0, rows1 = matches.indices[:, 0], matches.indices[:, 1]
+        ids = keyframe.track_ids[rows0]
+        is_open = (view.track_ids[rows1] < 0) & (ids >= 0) & ~np.isin(ids, view.track_ids)
+        rows0, rows1, ids = rows0[is_open], rows1[is_open], ids[is_open]
+        if len(ids) == 0:
+            return 0
+        focal_px = self._camera.focal_px
+        E = essential_matrix(invert_pose(keyframe.T_world_camera) @ view.T_world_camera)
+        off_line_px = np.abs(sampson_distance(E, keyframe.rays[rows0], view.rays[rows1])) * focal_px
+        points, has_landmark = self._tracks.landmarks(ids)
+        projected, depth = reproject(view.T_world_camera, points)
+        off_point_px = np.linalg.norm(projected - view.rays[rows1], axis=1) * focal_px
+        agrees = np.where(
+            has_landmark,
+            (off_point_px < self._config.pose_threshold_px) & (depth > 0),
+            off_line_px < 1.5 * self._two_view.threshold_px,
+        )
+        view.track_ids[rows1[agrees]] = ids[agrees]
+        return int(agrees.sum())
 
     def _pose_by_landmarks(self, view: View, motion: _Motion, points: FloatArray, rows: IntArray) -> _Posed | Rejection:
         """Refines the best of several guesses; without a good one, poses from scratch."""
@@ -302,9 +353,9 @@ class Odometry:
         rows0, rows1 = shared_rows(self._still_reference.track_ids, view.track_ids)
         if len(rows0) < self._config.min_matches:
             return False
-        motion_px = np.linalg.norm(self._still_reference.keypoints[rows0] - view.keypoints[rows1], axis=1)
-        limit_px = self._config.stationary_px
-        return bool(np.median(motion_px) < limit_px and np.quantile(motion_px, 0.8) < 2 * limit_px)
+        shifts = _regional_shifts(self._still_reference.keypoints[rows0], view.keypoints[rows1], self._camera)
+        # Three quarters of the image decide: something that moves before a standing camera may fill the rest.
+        return len(shifts) > 0 and bool(np.quantile(shifts, 0.75) < self._config.stationary_px)
 
     def _needs_keyframe(self, view: View, num_inliers: int) -> bool:
         newest = self._window.keyframes[-1]
@@ -445,6 +496,25 @@ class Odometry:
             np.zeros(0, np.bool_),
         )
         return OdometryStep(pose, tracks, matches)
+
+
+def _regional_shifts(
+    keypoints0: NDArray[np.float32], keypoints1: NDArray[np.float32], camera: Camera
+) -> NDArray[np.float64]:
+    """Length in px of the median motion in every region of a 4 x 3 grid that holds enough keypoints.
+
+    The noise of single keypoints, a whole pixel with some detectors, cancels in the median; motion common to a region
+    does not, and forward motion, which cancels over the whole image, shows towards its borders.
+    """
+    columns = np.clip(keypoints0[:, 0] * 4 / camera.width, 0, 3).astype(np.int64)
+    rows = np.clip(keypoints0[:, 1] * 3 / camera.height, 0, 2).astype(np.int64)
+    region, shifts = rows * 4 + columns, keypoints1 - keypoints0
+    lengths = [
+        float(np.linalg.norm(np.median(shifts[region == number], axis=0)))
+        for number in range(12)
+        if np.count_nonzero(region == number) >= 8
+    ]
+    return np.array(lengths)
 
 
 def _median_error(T_world_camera: FloatArray, points: FloatArray, rays: FloatArray) -> float:
