@@ -25,6 +25,7 @@ from frontends.xfeat import (
     gray_batch,
     heatmap,
     peaks,
+    refine_peaks,
     resized_to_stride,
     sample_descriptors,
 )
@@ -34,6 +35,11 @@ from frontends.xfeat_star import XFeatStar, XFeatStarConfig, mutual_nearest, ref
 kornia_xfeat: Any = pytest.importorskip("kornia.feature.xfeat")
 needs_weights = pytest.mark.skipif("LIGHTVO_WEIGHTS" not in os.environ, reason="LIGHTVO_WEIGHTS is not set")
 CPU = torch.device("cpu")
+
+
+def published_config(**settings: Any) -> XFeatConfig:
+    """The published method: the strongest keypoints wherever they are, at whole pixels."""
+    return XFeatConfig(**{"spread_cell_px": None, "subpixel": False, **settings})
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +133,7 @@ def check_contract(features: Features, capacity: int, size: tuple[int, int]) -> 
 def test_parity_with_the_published_code(
     tag: str, published: dict[str, Tensor], parity: dict[str, NDArray[Any]]
 ) -> None:
-    features = XFeat(XFeatConfig(), published).extract(parity[f"{tag}_image"])
+    features = XFeat(published_config(), published).extract(parity[f"{tag}_image"])
     assert features.num_valid == 1024
     keypoints, descriptors, scores = (
         torch.from_numpy(parity[f"{tag}_{name}"]) for name in ("keypoints", "descriptors", "scores")
@@ -143,7 +149,7 @@ def test_parity_with_kornia(tag: str, published: dict[str, Tensor], parity: dict
     assert all(name.startswith("fine_matcher") for name in missing)
     image = parity[f"{tag}_image"]
     found = reference.eval().detectAndCompute(as_tensor(image), top_k=2000)[0]
-    features = XFeat(XFeatConfig(max_keypoints=2000), published).extract(image)
+    features = XFeat(published_config(max_keypoints=2000), published).extract(image)
     check_same(features, found["keypoints"], found["descriptors"], found["scores"], share=0.999)
 
 
@@ -152,7 +158,7 @@ def test_parity_with_kornia(tag: str, published: dict[str, Tensor], parity: dict
 def test_bfloat16_keeps_keypoints_and_descriptors(
     tag: str, published: dict[str, Tensor], parity: dict[str, NDArray[Any]]
 ) -> None:
-    extractor = XFeat(XFeatConfig(precision="bfloat16"), published)
+    extractor = XFeat(published_config(precision="bfloat16"), published)
     features = extractor.extract(parity[f"{tag}_image"])
     assert extractor.precision == "bfloat16"
     keypoints = torch.from_numpy(parity[f"{tag}_keypoints"])
@@ -169,7 +175,7 @@ def test_parity_with_kornia_for_random_weights_and_sizes(
 ) -> None:
     image = textured(*size)
     found = model.detectAndCompute(as_tensor(image), top_k=3000, detection_threshold=0.03)[0]
-    features = XFeat(XFeatConfig(max_keypoints=3000, detection_threshold=0.03), state_dict).extract(image)
+    features = XFeat(published_config(max_keypoints=3000, detection_threshold=0.03), state_dict).extract(image)
     check_contract(features, 3000, size[::-1])
     check_same(features, found["keypoints"], found["descriptors"], found["scores"], share=0.99)
     # kornia finds nothing within two pixels of the border; the published code does.
@@ -187,9 +193,9 @@ def test_a_batch_of_two_agrees_with_each_alone(state_dict: dict[str, Tensor]) ->
     network = load_network(state_dict, CPU)
     batches = [gray_batch(textured(160, 224, seed), CPU) for seed in (1, 2)]
     with torch.inference_mode():
-        together = detect(network(torch.cat(batches)), 200, 0.02)
+        together = detect(network(torch.cat(batches)), published_config(max_keypoints=200, detection_threshold=0.02))
         for batch, one in zip(batches, together, strict=True):
-            alone = detect(network(batch), 200, 0.02)[0]
+            alone = detect(network(batch), published_config(max_keypoints=200, detection_threshold=0.02))[0]
             assert one.num_valid == alone.num_valid > 20
             torch.testing.assert_close(one.keypoints, alone.keypoints, atol=1e-5, rtol=0)
             torch.testing.assert_close(one.scores, alone.scores, atol=1e-5, rtol=0)
@@ -199,7 +205,8 @@ def test_a_batch_of_two_agrees_with_each_alone(state_dict: dict[str, Tensor]) ->
 def test_padding_changes_nothing(state_dict: dict[str, Tensor]) -> None:
     image = textured(160, 224)
     few, many = (
-        XFeat(XFeatConfig(max_keypoints=k, detection_threshold=0.02), state_dict).extract(image) for k in (50, 5000)
+        XFeat(published_config(max_keypoints=k, detection_threshold=0.02), state_dict).extract(image)
+        for k in (50, 5000)
     )
     check_contract(many, 5000, (224, 160))
     assert few.num_valid == 50 < many.num_valid < 5000
@@ -208,7 +215,7 @@ def test_padding_changes_nothing(state_dict: dict[str, Tensor]) -> None:
 
 
 def test_gray_and_colour_read_only_and_writable_images_agree(state_dict: dict[str, Tensor]) -> None:
-    extractor = XFeat(XFeatConfig(max_keypoints=100, detection_threshold=0.02), state_dict)
+    extractor = XFeat(published_config(max_keypoints=100, detection_threshold=0.02), state_dict)
     gray = textured(160, 224)[..., 0].copy()
     gray.setflags(write=False)
     features = extractor.extract(gray)
@@ -237,7 +244,7 @@ def test_neutral_batch_norm_gives_the_same_as_a_separate_one(state_dict: dict[st
 
 def test_a_shrunk_image_has_its_keypoints_in_full_pixels(state_dict: dict[str, Tensor]) -> None:
     image = textured(320, 448)
-    config = XFeatConfig(max_keypoints=100, detection_threshold=0.02, max_side=224)
+    config = published_config(max_keypoints=100, detection_threshold=0.02, max_side=224)
     features = XFeat(config, state_dict).extract(image)
     shrunk = np.asarray(cv2.resize(image, (224, 160), interpolation=cv2.INTER_AREA), dtype=np.uint8)
     plain = XFeat(config, state_dict).extract(shrunk)
@@ -248,14 +255,14 @@ def test_a_shrunk_image_has_its_keypoints_in_full_pixels(state_dict: dict[str, T
 
 
 def test_an_image_without_anything_has_no_features(state_dict: dict[str, Tensor]) -> None:
-    features = XFeat(XFeatConfig(detection_threshold=1.0), state_dict).extract(np.zeros((64, 64), dtype=np.uint8))
+    features = XFeat(published_config(detection_threshold=1.0), state_dict).extract(np.zeros((64, 64), dtype=np.uint8))
     check_contract(features, 1024, (64, 64))
     assert features.num_valid == 0
 
 
 @pytest.mark.parametrize("shape", [(240,), (240, 320, 4), (1, 240, 320, 3), (31, 320), (320, 31, 3)])
 def test_other_images_are_refused(shape: tuple[int, ...], state_dict: dict[str, Tensor]) -> None:
-    extractor = XFeat(XFeatConfig(), state_dict)
+    extractor = XFeat(published_config(), state_dict)
     with pytest.raises(ValueError, match="expected"):
         extractor.extract(np.zeros(shape, dtype=np.uint8))
     with pytest.raises(ValueError, match="float32"):
@@ -263,8 +270,8 @@ def test_other_images_are_refused(shape: tuple[int, ...], state_dict: dict[str, 
 
 
 def test_the_precision_in_use_is_told(state_dict: dict[str, Tensor]) -> None:
-    assert XFeat(XFeatConfig(), state_dict).precision == "float32"
-    assert XFeat(XFeatConfig(precision="bfloat16"), state_dict).precision == "bfloat16"
+    assert XFeat(published_config(), state_dict).precision == "float32"
+    assert XFeat(published_config(precision="bfloat16"), state_dict).precision == "bfloat16"
 
 
 # ---------------------------------------------------------------- parts against slow versions
@@ -301,7 +308,7 @@ def test_the_last_row_and_column_hold_no_keypoints() -> None:
     logits = torch.full((1, 4, 4, 65), -4.0)
     logits[0, 1, 1, 10] = logits[0, 3, 3, 63] = logits[0, 3, 0, 58] = logits[0, 0, 0, 0] = 6.0
     maps = XFeatMaps(torch.randn(1, 4, 4, 64), torch.full((1, 4, 4), 0.5), logits)
-    found = detect(maps, 10, 0.05)[0]
+    found = detect(maps, published_config(max_keypoints=10))[0]
     assert sorted(map(tuple, found.keypoints[: found.num_valid].tolist())) == [(0.0, 0.0), (10.0, 9.0)]
 
 
@@ -318,7 +325,7 @@ def test_sides_become_the_next_lower_multiple_of_32(size: tuple[int, int], expec
 def test_weights_that_do_not_fit_are_named(state_dict: dict[str, Tensor]) -> None:
     def error_of(changed: dict[str, Tensor]) -> str:
         with pytest.raises(WeightsError) as error:
-            XFeat(XFeatConfig(), changed)
+            XFeat(published_config(), changed)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -369,7 +376,7 @@ def test_the_published_scales_are_the_default() -> None:
 
 def test_weights_without_the_fine_matcher_are_refused(state_dict: dict[str, Tensor]) -> None:
     backbone = {key: value for key, value in state_dict.items() if not key.startswith("fine_matcher.")}
-    XFeat(XFeatConfig(), backbone)
+    XFeat(published_config(), backbone)
     with pytest.raises(WeightsError, match=r"fine matcher.*xfeat\.pt.*vo weights fetch xfeat"):
         XFeatStar(XFeatStarConfig(), backbone)
     with pytest.raises(WeightsError, match=r"lack 'fine_matcher\.7\.running_mean'"):
@@ -405,3 +412,32 @@ def test_refinement_is_the_mean_of_the_distribution() -> None:
         ]
         torch.testing.assert_close(offset.double(), torch.stack([torch.as_tensor(m) for m in mean]), atol=1e-5, rtol=0)
         assert best == pytest.approx(float(weights.max()), abs=1e-6)
+
+
+def test_subpixel_refinement_finds_the_centre_of_a_blob() -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.uniform(10, 50, (6, 2))
+    ys, xs = np.mgrid[:64, :64]
+    for centre in centres:
+        heat = np.exp(-((xs - centre[0]) ** 2 + (ys - centre[1]) ** 2) / (2 * 0.7**2))
+        peak = torch.tensor(np.rint(centre)[None], dtype=torch.long)
+        refined = refine_peaks(torch.from_numpy(heat).float(), peak)[0].numpy()
+        assert np.linalg.norm(refined - centre) < 0.6 * np.linalg.norm(np.rint(centre) - centre) + 0.02
+
+
+def test_subpixel_refinement_stays_within_a_pixel_at_the_border() -> None:
+    heat = torch.rand(20, 30, generator=torch.Generator().manual_seed(0))
+    points = torch.tensor([[0, 0], [29, 19], [29, 0], [5, 19]])
+    assert (refine_peaks(heat, points) - points).abs().max() <= 1.0
+
+
+@needs_weights
+def test_spreading_reaches_more_of_the_image(published: dict[str, Tensor], parity: Any) -> None:
+    image = parity["kitti_image"]
+    occupied = []
+    for cell in (None, 25):
+        features = XFeat(published_config(max_keypoints=512, spread_cell_px=cell), published).extract(image)
+        assert features.num_valid == 512
+        cells = np.unique(features.valid_keypoints() // 50, axis=0)
+        occupied.append(len(cells))
+    assert occupied[1] > 1.2 * occupied[0]
