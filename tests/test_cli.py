@@ -427,6 +427,19 @@ def test_listen_receives_every_pose(drive: Path, tmp_path: Path, free_port: int)
     assert np.array_equal(written.positions, [message["position_xyz"] for message in messages])
 
 
+def test_listen_hears_how_a_run_ended(drive: Path, tmp_path: Path, free_port: int) -> None:
+    endpoint, output = f"tcp://127.0.0.1:{free_port}", tmp_path / "out"
+    listener = vo_process("listen", endpoint, "--until-finished")
+    run = vo_process("run", drive, "--config", "orb", "--publish", endpoint, "--realtime", "--output", output)
+    wait_for_lines(output / "trajectory_tum.txt", 3)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130
+    out, err = listener.communicate(timeout=60)
+    assert "the run is over: interrupted" in err
+    assert len(out.splitlines()) == len(read_trajectory(output / "trajectory_tum.txt"))
+    run.communicate()
+
+
 def test_listen_refuses_a_bad_address(capfd: pytest.CaptureFixture[str]) -> None:
     assert "5570" in refused(capfd, "listen", "5570")
     assert "--topic poses" in refused(capfd, "listen", "--topic", "poses")

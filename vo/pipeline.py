@@ -33,7 +33,8 @@ def run(
 
     sinks       are called one after the other with every result, always from the same thread.
     threaded    overrides `config.pipeline.threaded`; the trajectory is the same either way.
-    is_paced    replays a file at its own timestamps, and drops frames like a camera where the run cannot keep up.
+    is_paced    replays a file at its own timestamps, and drops frames like a camera where the run cannot keep up;
+                a live source has its own pace.
     max_frames  ends the run early.
     stop        ends the run when it is set: what has been computed still reaches the sinks.
     meter       counts the run; a caller's own can be read when the run fails.
@@ -49,7 +50,7 @@ def run(
             is_threaded=config.pipeline.threaded if threaded is None else threaded,
             drops_oldest=drops_oldest(config, source, is_paced),
             channel_capacity=config.pipeline.channel_capacity,
-            is_paced=is_paced,
+            is_paced=is_paced and not source.is_live,
             max_frames=max_frames,
         )
     )

@@ -64,26 +64,28 @@ def run_command(request: RunRequest) -> int:
         if recorder is not None:
             recorder.write_config(dump_config(config))
         meter, poses = RunMeter(), PoseLog()
-        try:
-            with (
-                stop_on_signals() as stop,
-                progress(num_frames(source, request.max_frames), is_quiet=request.is_quiet) as advance,
-            ):
-                run(
-                    config,
-                    source,
-                    frontend,
-                    sinks(publisher, recorder, poses, meter, advance),
-                    is_paced=request.is_realtime,
-                    max_frames=request.max_frames,
-                    stop=stop,
-                    meter=meter,
+        # Around the report too: a Ctrl-C must not cut the writing short.
+        with stop_on_signals() as stop:
+            try:
+                with progress(num_frames(source, request.max_frames), is_quiet=request.is_quiet) as advance:
+                    run(
+                        config,
+                        source,
+                        frontend,
+                        sinks(publisher, recorder, poses, meter, advance),
+                        is_paced=request.is_realtime,
+                        max_frames=request.max_frames,
+                        stop=stop,
+                        meter=meter,
+                    )
+            finally:
+                is_interrupted = stop.is_set()
+                report(
+                    source, frontend, recorder, poses, meter, is_interrupted=is_interrupted, is_quiet=request.is_quiet
                 )
-        finally:
-            report(source, frontend, recorder, poses, meter, is_interrupted=stop.is_set(), is_quiet=request.is_quiet)
-        if stop.is_set() and publisher is not None:
+        if is_interrupted and publisher is not None:
             publisher.close(RunState.INTERRUPTED)
-    return INTERRUPTED if stop.is_set() else 0
+    return INTERRUPTED if is_interrupted else 0
 
 
 def requested_config(request: RunRequest) -> Config:
