@@ -506,6 +506,7 @@ def test_json_says_what_ran_where(bench_tree: dict[str, Any], drive: Path) -> No
     assert (bench_tree["width"], bench_tree["height"]) == (320, 240)
     assert bench_tree["machine"]["cpu"] and bench_tree["machine"]["num_threads"] == 1
     assert bench_tree["versions"]["torch"] == torch.__version__ and "opencv-python" in bench_tree["versions"]
+    assert (bench_tree["preset"], bench_tree["settings"]) == ("orb", [])
     assert (bench_tree["extractor"], bench_tree["matcher"]) == ("orb", "nearest")
     assert bench_tree["extractor_precision"] == bench_tree["matcher_precision"] == "as written"
     assert str(drive.parent) not in json.dumps(bench_tree)
@@ -618,22 +619,21 @@ def test_summary_counts_rejected_pairs_apart() -> None:
     assert (found.true_inliers, found.precision) == (105 / 4, 105 / 320)
     assert (found.rotation_median_deg, found.rotation_mean_deg, found.direction_mean_deg) == (2.0, 2.0, 2.0)
     assert (found.stop_layer, found.kept_share, found.match_median_ms) == (3.0, 0.5, 10.0)
-    with pytest.raises(ValueError, match="none of 1 pairs at gap 3"):
-        matching_metrics.summarise("e", "m", 3, pairs[3:])
+    none_posed = matching_metrics.summarise("e", "m", 3, pairs[3:])
+    assert (none_posed.num_rejected, none_posed.inliers, none_posed.rotation_mean_deg) == (1, 0.0, None)
 
 
 def test_cost_of_adaptive_settings_is_over_pairs_posed_by_both() -> None:
     full = [quality(100, 1.0), quality(200, 2.0), quality(50, None)]
     adaptive = [quality(98, 1.1), quality(190, 2.3), quality(50, 1.0)]
     cost = matching_metrics.adaptive_cost("e", 1, full, adaptive)
-    assert cost.num_pairs == 2
+    assert cost is not None and cost.num_pairs == 2
     assert cost.inlier_loss_percent.value == pytest.approx(4.0)
     # With two pairs a resample is one of them twice, or both.
     assert (cost.inlier_loss_percent.low, cost.inlier_loss_percent.high) == pytest.approx((2.0, 5.0))
     assert cost.true_inlier_loss_percent.value == pytest.approx(100 * (1 - 144 / 150))
     assert cost.rotation_change_deg.value == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="no pair at gap 1"):
-        matching_metrics.adaptive_cost("e", 1, full[2:], adaptive[2:])
+    assert matching_metrics.adaptive_cost("e", 1, full[2:], adaptive[2:]) is None
 
 
 def test_matches_of_a_true_sequence_fit_its_truth(drive: Path) -> None:
@@ -661,17 +661,17 @@ def test_tool_measures_every_method_at_every_gap(
     drive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "matching.json"
-    arguments = ["--gaps", "1,2", "--frames", "5", "--step", "2", "--keypoints", "150", "--extractors", "xfeat"]
+    arguments = ["--gaps", "1,2", "--frames", "5", "--step", "2", "--keypoints", "400", "--extractors", "xfeat"]
     threads = ["--threads", str(torch.get_num_threads())]
     assert matching_quality.main(["--source", f"kitti:{drive}", *arguments, *threads, "--json", str(output)]) == 0
     tree = json.loads(output.read_text())
     methods = [(method["gap"], method["matcher"], method["num_pairs"]) for method in tree["methods"]]
     assert methods == [(gap, matcher, 2) for gap in (1, 2) for matcher in matching_quality.MATCHERS]
-    assert [cost["gap"] for cost in tree["adaptive_costs"]] == [1, 2]
+    assert {cost["gap"] for cost in tree["adaptive_costs"]} <= {1, 2}
     by_matcher = {method["matcher"]: method for method in tree["methods"]}
     assert by_matcher[matching_quality.FULL]["stop_layer"] == 6 >= by_matcher[matching_quality.ADAPTIVE]["stop_layer"]
     assert str(drive.parent) not in output.read_text()
-    assert capsys.readouterr().out.count("| xfeat |") == 8
+    assert capsys.readouterr().out.count("| xfeat |") == 6 + len(tree["adaptive_costs"])
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -733,6 +733,7 @@ def test_page_is_written_from_the_figures(bench_tree: dict[str, Any], tmp_path: 
     assert "| drive-orb | kitti:sequences/05 | 8 | 7 | 12.3 | 81 / 100 | 0.123 | 0.050 | sim3 | 144.9 |" in text
     first = bench_tree["comparisons"][0]
     assert f"| {first['ours']['median_ms']:.1f} | {first['description']} | {first['theirs']['median_ms']:.1f} |" in text
+    assert "| kitti:sequences/05 320x240, 1024 keypoints, preset orb | extract | orb, as written |" in text
     assert f"**{first['ratio']['median']:.2f}x**" in text
     assert f"`a.json`: `{bench_tree['command']}`" in text
     assert "/somewhere" not in "".join(path.read_text() for path in results.iterdir()) + text
@@ -760,6 +761,8 @@ def test_columns_of_a_table_agree() -> None:
 def test_matching_table_shows_what_it_costs() -> None:
     method = matching_metrics.summarise("xfeat", "nearest", 1, [quality(60, 1.0, layers=0)])
     cost = matching_metrics.adaptive_cost("xfeat", 1, [quality(100, 1.0)], [quality(97, 1.5)])
+    unposed = matching_metrics.summarise("xfeat", "nearest", 5, [quality(0, None)])
+    assert cost is not None
     tree = {
         "source": "kitti:sequences/00",
         "num_frames": 2,
@@ -767,11 +770,12 @@ def test_matching_table_shows_what_it_costs() -> None:
         "date": "2026-01-01",
         "depth_confidence": 0.95,
         "width_confidence": 0.99,
-        "methods": [json.loads(json.dumps(matching_quality.asdict(method)))],
+        "methods": [json.loads(json.dumps(matching_quality.asdict(m))) for m in (method, unposed)],
         "adaptive_costs": [json.loads(json.dumps(matching_quality.asdict(cost)))],
     }
     text = "\n".join(benchmark_tables.matching_lines(tree))
     assert "| 1 | xfeat | nearest | 1 (0) | 100 | 60 | 30 | 0.300 | 1.000 / 1.000 | 1.00 / 1.00 |  |  | 10.0 |" in text
+    assert "| 5 | xfeat | nearest | 1 (1) | 100 | 0 | 0 | 0.000 |  |  | 2.0 | 50 % | 10.0 |" in text
     assert "| 3.0 % (3.0 % to 3.0 %) |" in text and "| +0.5000 (+0.5000 to +0.5000) |" in text
 
 

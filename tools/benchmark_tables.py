@@ -64,7 +64,7 @@ def _comparison_row(result: Tree, item: Tree) -> tuple[str, ...]:
         "frame": f"{result['extractor']} + {result['matcher']}",
     }[item["stage"]]
     return (
-        f"{result['source']} {result['width']}x{result['height']}, {result['max_keypoints']} keypoints",
+        _case(result),
         item["stage"],
         method,
         f"{item['ours']['median_ms']:.1f}",
@@ -77,6 +77,15 @@ def _comparison_row(result: Tree, item: Tree) -> tuple[str, ...]:
         "" if item["agreement"] is None else f"{100 * item['agreement']:.1f} %",
         _disturbed(result),
     )
+
+
+def _case(result: Tree) -> str:
+    """What was measured: the frames, the number of keypoints, and what else differs from the defaults."""
+    shown = [f"{result['source']} {result['width']}x{result['height']}", f"{result['max_keypoints']} keypoints"]
+    shown += [f"preset {result['preset']}"] if result["preset"] is not None else []
+    named = ("name=", "variant=", "max_keypoints=")
+    settings = [setting.rpartition(".")[2] for setting in result["settings"]]
+    return ", ".join([*shown, *(f"`{setting}`" for setting in settings if not setting.startswith(named))])
 
 
 def _disturbed(result: Tree) -> str:
@@ -108,7 +117,7 @@ def stage_lines(results: Sequence[Tree]) -> list[str]:
         frame = stages["frame"]
         rows.append(
             (
-                f"{result['source']} {result['width']}x{result['height']}, {result['max_keypoints']} keypoints",
+                _case(result),
                 f"{result['extractor']} + {result['matcher']}",
                 *(f"{stages[name]['median_ms']:.1f}" if name in stages else "-" for name in names),
                 f"{frame['p95_ms']:.0f} / {frame['p99_ms']:.0f} / {frame['max_ms']:.0f}",
@@ -187,12 +196,19 @@ def _method_row(method: Tree) -> tuple[str, ...]:
         f"{method['inliers']:.0f}",
         f"{method['true_inliers']:.0f}",
         f"{method['precision']:.3f}",
-        f"{method['rotation_median_deg']:.3f} / {method['rotation_mean_deg']:.3f}",
-        f"{method['direction_median_deg']:.2f} / {method['direction_mean_deg']:.2f}",
+        _errors(method["rotation_median_deg"], method["rotation_mean_deg"], 3),
+        _errors(method["direction_median_deg"], method["direction_mean_deg"], 2),
         f"{method['stop_layer']:.1f}" if method["stop_layer"] > 0 else "",
         f"{100 * method['kept_share']:.0f} %" if method["stop_layer"] > 0 else "",
         f"{method['match_median_ms']:.1f}",
     )
+
+
+def _errors(median_deg: float | None, mean_deg: float | None, num_digits: int) -> str:
+    """Empty where no pair was posed."""
+    if median_deg is None or mean_deg is None:
+        return ""
+    return f"{median_deg:.{num_digits}f} / {mean_deg:.{num_digits}f}"
 
 
 def _cost_row(cost: Tree) -> tuple[str, ...]:

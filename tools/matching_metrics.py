@@ -45,7 +45,7 @@ class PairQuality:
 
 @dataclass(frozen=True, slots=True)
 class MethodQuality:
-    """A method at one gap between frames: counts are means per pair, inliers and errors over the posed pairs."""
+    """A method at one gap between frames: counts are means per pair; inliers and errors are over the posed pairs."""
 
     extractor: str
     matcher: str
@@ -56,10 +56,10 @@ class MethodQuality:
     inliers: float
     true_inliers: float
     precision: float
-    rotation_median_deg: float
-    rotation_mean_deg: float
-    direction_median_deg: float
-    direction_mean_deg: float
+    rotation_median_deg: float | None
+    rotation_mean_deg: float | None
+    direction_median_deg: float | None
+    direction_mean_deg: float | None
     stop_layer: float
     kept_share: float
     match_median_ms: float
@@ -141,10 +141,8 @@ def pose_errors_deg(T_estimated: FloatArray, T_true: FloatArray) -> tuple[float,
 
 
 def summarise(extractor: str, matcher: str, gap: int, pairs: Sequence[PairQuality]) -> MethodQuality:
-    """Means and medians over the pairs. Raises ValueError where no pair was posed."""
+    """Means and medians over the pairs, of which there is at least one."""
     posed = [pair for pair in pairs if pair.is_posed]
-    if not posed:
-        raise ValueError(f"{extractor} + {matcher}: none of {len(pairs)} pairs at gap {gap} gave a pose")
     rotations, directions = _errors(posed)
     num_matches = sum(pair.num_matches for pair in pairs)
     return MethodQuality(
@@ -154,13 +152,13 @@ def summarise(extractor: str, matcher: str, gap: int, pairs: Sequence[PairQualit
         num_pairs=len(pairs),
         num_rejected=len(pairs) - len(posed),
         matches=num_matches / len(pairs),
-        inliers=float(np.mean([pair.num_inliers for pair in posed])),
+        inliers=sum(pair.num_inliers for pair in posed) / max(len(posed), 1),
         true_inliers=float(np.mean([pair.num_true_inliers for pair in pairs])),
         precision=sum(pair.num_true_inliers for pair in pairs) / max(num_matches, 1),
-        rotation_median_deg=float(np.median(rotations)),
-        rotation_mean_deg=float(np.mean(rotations)),
-        direction_median_deg=float(np.median(directions)),
-        direction_mean_deg=float(np.mean(directions)),
+        rotation_median_deg=float(np.median(rotations)) if posed else None,
+        rotation_mean_deg=float(np.mean(rotations)) if posed else None,
+        direction_median_deg=float(np.median(directions)) if posed else None,
+        direction_mean_deg=float(np.mean(directions)) if posed else None,
         stop_layer=float(np.mean([pair.stop_layer for pair in pairs])),
         kept_share=float(np.mean([pair.kept_share for pair in pairs])),
         match_median_ms=float(np.median([pair.match_ms for pair in pairs])),
@@ -169,11 +167,11 @@ def summarise(extractor: str, matcher: str, gap: int, pairs: Sequence[PairQualit
 
 def adaptive_cost(
     extractor: str, gap: int, full: Sequence[PairQuality], adaptive: Sequence[PairQuality]
-) -> AdaptiveCost:
-    """Compares the same pairs, matched in full and adaptively. Raises ValueError where none is posed by both."""
+) -> AdaptiveCost | None:
+    """Compares the same pairs, matched in full and adaptively; None where no pair was posed by both."""
     both = [(f, a) for f, a in zip(full, adaptive, strict=True) if f.is_posed and a.is_posed]
     if not both:
-        raise ValueError(f"{extractor}: no pair at gap {gap} was posed by both")
+        return None
     inliers = np.array([(f.num_inliers, a.num_inliers) for f, a in both], np.float64)
     true_inliers = np.array([(f.num_true_inliers, a.num_true_inliers) for f, a in both], np.float64)
     rotations, directions = (

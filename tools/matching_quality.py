@@ -106,7 +106,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         found = measure(sequence, extractor, options)
         for gap in options.gaps:
             methods += [summarise(extractor, matcher, gap, found[matcher, gap]) for matcher in MATCHERS]
-            costs.append(adaptive_cost(extractor, gap, found[FULL, gap], found[ADAPTIVE, gap]))
+            cost = adaptive_cost(extractor, gap, found[FULL, gap], found[ADAPTIVE, gap])
+            costs += [cost] if cost is not None else []
     depth, width, _ = adaptive_config(options).limits()
     return {
         "schema": SCHEMA,

@@ -112,10 +112,11 @@ other one in turn (ours, theirs, ours, theirs, ...) in one process with the same
 weights, the same images and the same number of keypoints; both start from the frame's pixels (uint8) or, for matching,
 from the same features in memory. The ratio is taken pair by pair; given are its median and the 90 % bootstrap interval
 of that median. "same" is the share of the other's keypoints that ours has within 0.1 px, or of its matches that ours
-has too. "frame" is extraction, matching to the previous frame and the relative pose, with the same robust estimation
-for both. "disturbed" is the share of the processors' time that other work took meanwhile: above a few percent, the
-times are too long, and only the ratios mean something. OpenMP runs as
-PyTorch sets it up.
+has too. By default ours also spreads the keypoints over the image, and refines those of XFeat below the pixel, which
+the published methods do not; `spread_cell_px=null` and `subpixel=false` switch that off, so that both find the same.
+"frame" is extraction, matching to the previous frame and the relative pose, with the same robust estimation for both.
+"disturbed" is the share of the processors' time that other work took meanwhile: above a few percent, the times are too
+long, and only the ratios mean something. OpenMP runs as PyTorch sets it up.
 """
 
 

@@ -103,6 +103,8 @@ def run_bench(request: BenchRequest, advance: Advance) -> BenchResult:
     return BenchResult(
         date=datetime.now(UTC).date().isoformat(),
         command=command_line(request, source_name),
+        preset=Path(request.config).name if request.config is not None else None,
+        settings=request.overrides,
         machine=machine,
         versions=library_versions(),
         source=portable_source(source_name),

@@ -71,6 +71,7 @@ class BenchResult:
     """A whole benchmark.
 
     command        that repeats it, apart from where this machine keeps the frames.
+    preset, settings   what of the configuration is not the default.
     extractor_precision, matcher_precision   what was picked on this machine.
     load_s         from the configuration to networks with weights.
     peak_gpu_bytes allocated on the GPU at most.
@@ -80,6 +81,8 @@ class BenchResult:
 
     date: str
     command: str
+    preset: str | None
+    settings: tuple[str, ...]
     machine: Machine
     versions: tuple[tuple[str, str], ...]
     source: str
