@@ -22,7 +22,7 @@ LAYERS = (
     {"vo.stages", "vo.progress", "vo.doctor"},
     {"vo.pipeline"},
     {"vo.run_report"},
-    {"vo.bench_statistics", "vo.bench_machine", "vo.bench_peers", "vo.bench"},
+    {"vo.bench_statistics", "vo.bench_machine", "vo.bench_peers", "vo.bench_report", "vo.bench_compare", "vo.bench"},
     {"vo.run_command"},
     {"vo.cli"},
     {"vo.__main__"},
