@@ -29,22 +29,31 @@ class Detections:
     num_valid: Tensor
 
 
-def window_maximum(maps: Tensor) -> Tensor:
-    """Maximum over the 5x5 window around each pixel of (B, 1, H, W); nothing counts outside the map.
+def detect(
+    score_map: Tensor, max_keypoints: int, score_threshold: float | None = None, num_rounds: int = ROUNDS
+) -> Detections:
+    """The `max_keypoints` strongest peaks of each (B, 1, H, W) score map, those above the threshold if there is one.
 
-    Three comparisons with shifted copies per axis: on the CPU ten times faster than max pooling.
+    Differentiable with respect to the score map through the sub-pixel places and the scores read there.
     """
-    return _maximum_of_five(_maximum_of_five(maps, 3), 2)
-
-
-def _maximum_of_five(maps: Tensor, dim: int) -> Tensor:
-    size = maps.shape[dim]
-    lowest = 0 if maps.dtype == torch.uint8 else -math.inf
-    padding = (RADIUS, RADIUS) if dim == 3 else (0, 0, RADIUS, RADIUS)
-    padded = functional.pad(maps, padding, value=lowest)
-    pairs = torch.maximum(padded.narrow(dim, 0, size + 3), padded.narrow(dim, 1, size + 3))
-    fours = torch.maximum(pairs.narrow(dim, 0, size), pairs.narrow(dim, 2, size))
-    return torch.maximum(fours, padded.narrow(dim, 4, size))
+    score_map = score_map.contiguous()
+    width = score_map.shape[3]
+    minimum = score_threshold or 0.0
+    detached = score_map.detach()
+    if score_map.device.type == "cpu":
+        images = [strongest_peaks(image[0], max_keypoints, minimum, num_rounds) for image in detached]
+        peak_scores, indices = (torch.stack(parts) for parts in zip(*images, strict=True))
+    else:
+        peaks = clear_border(suppress_non_maxima(detached, num_rounds)).flatten(1)
+        peaks = functional.pad(peaks, (0, max(0, max_keypoints - peaks.shape[1])))
+        peak_scores, indices = peaks.topk(max_keypoints)
+    is_valid = peak_scores > minimum
+    # Padding rows refine the first pixel that has a whole window, so that no row reads outside the map.
+    indices = torch.where(is_valid, indices, RADIUS * width + RADIUS)
+    keypoints = refine(score_map, indices)
+    scores = sample_scores(score_map, keypoints)
+    keypoints = torch.where(is_valid.unsqueeze(-1), keypoints, 0.0)
+    return Detections(keypoints, torch.where(is_valid, scores, 0.0), is_valid.sum(1))
 
 
 def suppress_non_maxima(score_map: Tensor, num_rounds: int = ROUNDS) -> Tensor:
@@ -67,24 +76,68 @@ def clear_border(score_map: Tensor) -> Tensor:
     return functional.pad(inner, (RADIUS, RADIUS, RADIUS, RADIUS))
 
 
-def detect(
-    score_map: Tensor, max_keypoints: int, score_threshold: float | None = None, num_rounds: int = ROUNDS
-) -> Detections:
-    """The `max_keypoints` strongest peaks of each (B, 1, H, W) score map, those above the threshold if there is one.
+def strongest_peaks(
+    scores: Tensor, max_keypoints: int, minimum: float, num_rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor]:
+    """Scores (K,) and flat indices (K,) of the strongest peaks of one map (H, W), zeros where there are fewer.
 
-    Differentiable with respect to the score map through the sub-pixel places and the scores read there.
+    The same peaks as the `max_keypoints` largest of `suppress_non_maxima`, in less time: whether a pixel survives
+    depends on larger scores only, and every local maximum survives. So the K-th largest local maximum bounds what can
+    be among the K strongest, and the rounds after the first look at the few pixels above that bound.
     """
-    width = score_map.shape[3]
-    peaks = clear_border(suppress_non_maxima(score_map.detach(), num_rounds)).flatten(1)
-    peaks = functional.pad(peaks, (0, max(0, max_keypoints - peaks.shape[1])))
-    peak_scores, indices = peaks.topk(max_keypoints)
-    is_valid = peak_scores > (score_threshold or 0.0)
-    # Padding rows refine the pixel at the first place that has a whole window, so that no row reads outside the map.
-    indices = torch.where(is_valid, indices, RADIUS * width + RADIUS)
-    keypoints = refine(score_map, indices)
-    scores = sample_scores(score_map, keypoints)
-    keypoints = torch.where(is_valid.unsqueeze(-1), keypoints, 0.0)
-    return Detections(keypoints, torch.where(is_valid, scores, 0.0), is_valid.sum(1))
+    is_maximum = scores == window_maximum(scores[None, None])[0, 0]
+    values, indices = _largest(scores, is_maximum, max_keypoints)
+    bound = max(minimum, float(values[-1])) if len(values) == max_keypoints else minimum
+    is_maximum &= scores >= bound
+    candidates = (scores >= bound).flatten().nonzero()[:, 0]
+    for _ in range(num_rounds - 1):
+        is_near = window_maximum(is_maximum.view(torch.uint8)[None, None])[0, 0].view(torch.bool)
+        candidates = candidates[~is_near.flatten()[candidates]]
+        is_largest = scores.flatten()[candidates] == _largest_neighbour(scores, is_near, candidates)
+        is_maximum.view(-1)[candidates[is_largest]] = True
+    if num_rounds > 1:
+        values, indices = _largest(scores, is_maximum, max_keypoints)
+    missing = (0, max_keypoints - len(values))
+    return functional.pad(values, missing), functional.pad(indices, missing)
+
+
+def _largest(scores: Tensor, mask: Tensor, max_keypoints: int) -> tuple[Tensor, Tensor]:
+    """Scores and flat indices of the at most `max_keypoints` largest pixels of a mask (H, W) inside the border."""
+    width = scores.shape[1]
+    inner = mask[RADIUS:-RADIUS, RADIUS:-RADIUS].flatten().nonzero()[:, 0]
+    rows = torch.div(inner, width - 2 * RADIUS, rounding_mode="floor")
+    indices = inner + (rows * 2 * RADIUS + RADIUS * (width + 1))
+    values, order = scores.flatten()[indices].topk(min(max_keypoints, len(indices)))
+    return values, indices[order]
+
+
+def _largest_neighbour(scores: Tensor, is_near: Tensor, pixels: Tensor) -> Tensor:
+    """Largest score (N,) in the windows of flat pixels (N,) of a map (H, W), scores set aside counting as zero."""
+    height, width = scores.shape
+    steps = torch.arange(-RADIUS, RADIUS + 1, device=scores.device)
+    rows = (torch.div(pixels, width, rounding_mode="floor").unsqueeze(1) + steps).clamp_(0, height - 1)
+    columns = ((pixels % width).unsqueeze(1) + steps).clamp_(0, width - 1)
+    window = (rows.unsqueeze(2) * width + columns.unsqueeze(1)).flatten(1)
+    values = scores.flatten()[window].masked_fill_(is_near.flatten()[window], 0.0)
+    return values.amax(1)
+
+
+def window_maximum(maps: Tensor) -> Tensor:
+    """Maximum over the 5x5 window around each pixel of (B, 1, H, W); nothing counts outside the map.
+
+    Three comparisons with shifted copies per axis: on the CPU ten times faster than max pooling.
+    """
+    return _maximum_of_five(_maximum_of_five(maps, 3), 2)
+
+
+def _maximum_of_five(maps: Tensor, dim: int) -> Tensor:
+    size = maps.shape[dim]
+    lowest = 0 if maps.dtype == torch.uint8 else -math.inf
+    padding = (RADIUS, RADIUS) if dim == 3 else (0, 0, RADIUS, RADIUS)
+    padded = functional.pad(maps, padding, value=lowest)
+    pairs = torch.maximum(padded.narrow(dim, 0, size + 3), padded.narrow(dim, 1, size + 3))
+    fours = torch.maximum(pairs.narrow(dim, 0, size), pairs.narrow(dim, 2, size))
+    return torch.maximum(fours, padded.narrow(dim, 4, size))
 
 
 def refine(score_map: Tensor, indices: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from frontends.aliked_network import ConvBlock, DeformableConv2d, ResidualBlock, max_offset_px
-from frontends.aliked_sampling import as_table, cross_indices, cross_weights, weighted_rows, zero_padded_taps
+from frontends.aliked_network import DeformableConv2d, max_offset_px
+from frontends.aliked_sampling import as_map, as_table, weighted_rows
 
 SELU_ALPHA = 1.6732632423543772  # Klambauer et al. 2017, equation 2
 SELU_LAMBDA = 1.0507009873554805
-STRIP_VALUES = 131_072  # values that two passes over them keep in a second-level cache
+_EXPONENTIAL_GAIN = SELU_ALPHA * math.exp(SELU_ALPHA)
+CHUNK_VALUES = 262_144  # values that several passes over them keep in a second-level cache
+CHUNK_PIXELS = 1024  # whose nine taps fit there too
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +38,40 @@ class FoldedSelu:
     def for_device(device: torch.device) -> FoldedSelu:
         return FoldedSelu(-SELU_ALPHA, SELU_LAMBDA) if device.type == "cpu" else FoldedSelu(0.0, 1.0)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Overwrites x, contiguous or channels-last, and returns it."""
+    def __call__(self, x: Tensor, out: Tensor | None = None, *, is_shifted: bool = True) -> Tensor:
+        """SELU of x, contiguous or channels-last, in place or into `out` of the same shape, whose images are dense.
+
+        Returns where the result is; x is overwritten in any case. `is_shifted` is False for what comes without a bias.
+        """
         if self.input_shift == 0.0:
-            return functional.selu(x, inplace=True)
-        dense = x if x.is_contiguous() else x.permute(0, 2, 3, 1)
-        for strip in torch.split(dense.view(-1), STRIP_VALUES):
-            exponential = strip.clamp(max=-SELU_ALPHA).exp_()
-            strip.clamp_(min=-SELU_ALPHA).add_(exponential, alpha=SELU_ALPHA * math.exp(SELU_ALPHA))
-        return x
+            functional.selu(x, inplace=True)
+            return x if out is None else out.copy_(x)
+        if out is None or len(x) == 1:
+            _elu(x, x if out is None else out, is_shifted=is_shifted)
+        else:
+            for source, target in zip(x.split(1), out.split(1), strict=True):  # type: ignore[no-untyped-call]
+                _elu(source, target, is_shifted=is_shifted)
+        return x if out is None else out
+
+
+def _elu(x: Tensor, out: Tensor, *, is_shifted: bool) -> None:
+    source, target = _flat(x), _flat(out)
+    for first in range(0, source.numel(), CHUNK_VALUES):
+        values = source[first : first + CHUNK_VALUES]
+        if not is_shifted:
+            values.sub_(SELU_ALPHA)
+        exponential = values.clamp(max=-SELU_ALPHA).exp_()
+        results = target[first : first + CHUNK_VALUES]
+        torch.add(values.clamp_(min=-SELU_ALPHA), exponential, alpha=_EXPONENTIAL_GAIN, out=results)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """All values of a contiguous or channels-last tensor as a view in the order of its memory."""
+    return (x if x.is_contiguous() else x.permute(0, 2, 3, 1)).view(-1)
 
 
 class FoldedConv2d(nn.Module):
-    """A convolution with its batch norm and the constants of the SELUs before and after it in its weights."""
+    """A 3x3 convolution with its batch norm and the constants of the SELUs before and after it in its weights."""
 
     weight: Tensor
     bias: Tensor
@@ -57,32 +80,84 @@ class FoldedConv2d(nn.Module):
         super().__init__()
         fused = conv if norm is None else fuse_conv_bn_eval(conv, norm)
         bias = torch.zeros(fused.out_channels) if fused.bias is None else fused.bias.detach()
-        self.padding = fused.kernel_size[0] // 2
         weight = (fused.weight.detach() * gain).contiguous(memory_format=torch.channels_last)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias + shift)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Channels-last in, channels-last out."""
-        out = functional.conv2d(x, self.weight, self.bias, padding=self.padding)
-        return out.contiguous(memory_format=torch.channels_last)
+    def forward(self, x: Tensor, *, pad_rows: bool = True) -> Tensor:
+        """Channels-last (B, C, H, W) -> channels-last (B, D, H, W), or (B, D, H - 2, W) without padding of rows."""
+        return convolve(x, self.weight, self.bias, (int(pad_rows), 1)).contiguous(memory_format=torch.channels_last)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
+    """A convolution of stride 1, by oneDNN on the CPU where there is one.
+
+    PyTorch's own choice on a single thread is a slower one, which unfolds the input.
+    """
+    if x.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1), (1, 1), 1)
+    return functional.conv2d(x, weight, bias, padding=padding)
+
+
+class StreamedConv2d:
+    """A 3x3 convolution fed strip by strip, after `selu` where there is one; the last two rows wait for the next strip.
+
+    With L of them in a row, the output of a strip lags L rows behind its input, and the last strip makes up for it.
+    """
+
+    def __init__(self, conv: nn.Module, selu: FoldedSelu | None) -> None:
+        """`conv` is a FoldedConv2d."""
+        self.conv, self.selu = conv, selu
+        self.carry: Tensor | None = None
+
+    def __call__(self, rows: Tensor, *, is_last: bool) -> Tensor:
+        """The next rows (B, C, R, W), channels-last -> the output rows that can be computed with them.
+
+        Overwrites `rows` where a SELU comes first.
+        """
+        if self.carry is None and is_last:
+            return self._convolve(rows if self.selu is None else self.selu(rows), pad_rows=True)
+        batch, channels, num_rows, width = rows.shape
+        num_before = 1 if self.carry is None else 2
+        shape = (batch, channels, num_before + num_rows + int(is_last), width)
+        window = torch.empty(shape, device=rows.device, memory_format=torch.channels_last)
+        if self.carry is None:
+            window[:, :, :1].zero_()
+        else:
+            window[:, :, :2] = self.carry
+        inner = window[:, :, num_before : num_before + num_rows]
+        if self.selu is None:
+            inner.copy_(rows)
+        else:
+            self.selu(rows, out=inner)
+        if is_last:
+            window[:, :, -1:].zero_()
+        self.carry = window[:, :, -2:]
+        return self._convolve(window, pad_rows=False)
+
+    def _convolve(self, window: Tensor, *, pad_rows: bool) -> Tensor:
+        out: Tensor = self.conv(window, pad_rows=pad_rows)
+        return out
 
 
 class FoldedLinear(nn.Module):
-    """A 1x1 convolution as a matrix product over a table of pixels (N, C) -> (N, D), constants folded likewise."""
+    """A convolution over a table of pixels or patches (N, C) -> (N, D), constants folded likewise."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, gain: float = 1.0, shift: float = 0.0) -> None:
-        """weight (D, C, ...), with trailing axes of any size for kernels that take whole patches, pixels first."""
+        """weight (D, C, h, w); patches are tables of their h w pixels in order, each with its C channels."""
         super().__init__()
-        matrix = weight.detach().flatten(2).permute(2, 1, 0).flatten(0, 1) if weight.ndim > 2 else weight.detach().t()
-        self.register_buffer("weight", (matrix * gain).contiguous())
-        self.register_buffer("bias", (torch.zeros(weight.shape[0]) if bias is None else bias.detach()) + shift)
+        self.register_buffer("weight", (weight.detach().permute(2, 3, 1, 0).flatten(0, 2) * gain).contiguous())
+        has_bias = bias is not None or shift != 0.0
+        constant = torch.zeros(weight.shape[0]) if bias is None else bias.detach()
+        self.register_buffer("bias", constant + shift if has_bias else None)
 
     def forward(self, table: Tensor) -> Tensor:
-        return torch.addmm(self.bias, table, self.weight)
+        # Adding the bias afterwards is faster than addmm, which first fills its output with it.
+        out = torch.mm(table, self.weight)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 class FoldedDeformableConv2d(nn.Module):
@@ -95,53 +170,37 @@ class FoldedDeformableConv2d(nn.Module):
         self.product = FoldedLinear(fused.weight, fused.bias, gain=gain, shift=shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Channels-last in, channels-last out."""
+        """Channels-last (B, C, H, W) -> channels-last (B, D, H, W)."""
         batch, channels, height, width = x.shape
         limit = max_offset_px(height, width)
-        offsets = self.offset_conv(x).contiguous().clamp_(-limit, limit).view(batch, 9, 2, height, width)
+        offsets = as_table(self.offset_conv(x)).clamp_(-limit, limit).view(batch, height, width, 9, 2)
         steps = torch.arange(-1.0, 2.0, device=x.device)
-        y = torch.arange(height, device=x.device).view(-1, 1) + steps.repeat_interleave(3).view(-1, 1, 1)
-        columns_x = torch.arange(width, device=x.device) + steps.repeat(3).view(-1, 1, 1)
-        rows = zero_padded_taps(offsets[:, :, 0] + y, height)
-        columns = zero_padded_taps(offsets[:, :, 1] + columns_x, width)
-        first_row = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * height
-        indices = cross_indices(rows.indices + first_row, columns.indices, width)
-        weights = cross_weights(rows.weights, columns.weights)
-        # (4 cells, B, 9 taps, H, W) -> a row of 4 cells for each tap of each pixel
-        indices, weights = (cells.permute(1, 3, 4, 2, 0).reshape(-1, 4) for cells in (indices, weights))
-        out: Tensor = self.product(weighted_rows(as_table(x), indices, weights).view(-1, 9 * channels))
-        return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        y = torch.arange(height, device=x.device).view(-1, 1, 1) + steps.repeat_interleave(3)
+        columns = torch.arange(width, device=x.device).view(-1, 1) + steps.repeat(3)
+        # A border of zeros stands for all that lies outside the map: one row before, two behind the last one.
+        padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 2, 1, 2))
+        cells, weights = _padded_cells(
+            (offsets[..., 0] + y).clamp_(-1, height), (offsets[..., 1] + columns).clamp_(-1, width), padded.shape[2]
+        )
+        if batch > 1:
+            first_cell = torch.arange(batch, device=x.device, dtype=cells.dtype) * (padded.shape[1] * padded.shape[2])
+            cells = cells + first_cell.view(-1, 1, 1, 1, 1)
+        table, chunk = padded.flatten(0, 2), 9 * CHUNK_PIXELS if x.device.type == "cpu" else cells.numel()
+        chunks = zip(torch.split(cells.view(-1, 4), chunk), torch.split(weights.view(-1, 4), chunk), strict=True)
+        parts = [self.product(weighted_rows(table, *some).view(-1, 9 * channels)) for some in chunks]
+        return as_map(torch.cat(parts), x.shape)
 
 
-class FoldedConvBlock(nn.Module):
-    def __init__(self, block: ConvBlock, selu: FoldedSelu) -> None:
-        super().__init__()
-        self.selu = selu
-        self.conv1 = FoldedConv2d(block.conv1, gain=1.0, shift=selu.input_shift, norm=block.bn1)
-        self.conv2 = FoldedConv2d(block.conv2, gain=selu.gain, shift=selu.input_shift, norm=block.bn2)
+def _padded_cells(y: Tensor, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Flat indices and weights (..., 4) of the cells around places (y, x) px of a map with one row and column before.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.selu(self.conv2(self.selu(self.conv1(x))))
-
-
-class FoldedResidualBlock(nn.Module):
-    def __init__(self, block: ResidualBlock, selu: FoldedSelu) -> None:
-        super().__init__()
-        self.selu = selu
-        self.conv1 = fold(block.conv1, block.bn1, selu)
-        self.conv2 = fold(block.conv2, block.bn2, selu)
-        shortcut = block.downsample
-        self.shortcut = FoldedLinear(shortcut.weight, shortcut.bias, gain=selu.gain)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv2(self.selu(self.conv1(x)))
-        as_table(out).add_(self.shortcut.bias).addmm_(as_table(x), self.shortcut.weight)
-        return self.selu(out)
-
-
-def fold(conv: nn.Module, norm: nn.BatchNorm2d, selu: FoldedSelu) -> nn.Module:
-    if isinstance(conv, DeformableConv2d):
-        return FoldedDeformableConv2d(conv, gain=selu.gain, shift=selu.input_shift, norm=norm)
-    if isinstance(conv, nn.Conv2d):
-        return FoldedConv2d(conv, gain=selu.gain, shift=selu.input_shift, norm=norm)
-    raise TypeError(f"conv: expected a convolution, got {type(conv).__name__}")
+    y and x are at least -1; `width` is that of the padded map.
+    """
+    top, left = y.floor(), x.floor()
+    fraction_y, fraction_x = y.sub_(top), x.sub_(left)
+    first = ((top + 1) * width + (left + 1)).int()
+    cells = torch.stack((first, first + 1, first + width, first + (width + 1)), dim=-1)
+    both = fraction_y * fraction_x
+    only_y, only_x = fraction_y - both, fraction_x - both
+    weights = torch.stack((1 - fraction_y - only_x, only_x, only_y, both), dim=-1)
+    return cells, weights

@@ -40,23 +40,13 @@ def upsampling_taps(coarse_size: int, fine_size: int, device: torch.device) -> A
     return AxisTaps(indices, torch.stack((1 - fraction, fraction)))
 
 
-def cross_indices(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Flat indices (4, ...) of the cells where two rows (2, ...) meet two columns (2, ...)."""
-    return (rows.unsqueeze(1) * width + columns.unsqueeze(0)).flatten(0, 1)
-
-
-def cross_weights(rows: Tensor, columns: Tensor) -> Tensor:
-    """Weights (4, ...) of the same cells."""
-    return (rows.unsqueeze(1) * columns.unsqueeze(0)).flatten(0, 1)
-
-
 def weighted_rows(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Sums of rows of `table` (R, C), weighted: indices and weights (N, T) -> (N, C)."""
+    """Sums of rows of `table` (R, C), weighted: indices (int32 or int64) and weights (N, T) -> (N, C)."""
     return functional.embedding_bag(indices, table, per_sample_weights=weights, mode="sum")
 
 
 def as_table(maps: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B H W, C), a view where the memory is channels-last, else a copy."""
+    """(B, C, H, W) -> (B H W, C), a view where the memory is channels-last and dense, else a copy."""
     return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 

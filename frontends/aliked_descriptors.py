@@ -1,0 +1,90 @@
+"""ALIKED's descriptor head (SDDH) over branches of low resolution in place of a full-resolution map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from frontends.aliked_folding import FoldedLinear, FoldedSelu
+from frontends.aliked_network import DescriptorHead, max_offset_px, patch_pixels
+from frontends.aliked_sampling import as_table, weighted_rows, zero_padded_taps
+from frontends.aliked_workspace import Workspace
+
+CHUNK_SAMPLES = 8192  # samples handled at once on the CPU, so that their features stay in the cache
+
+
+class PyramidSampler:
+    """Rebuilds the aggregated features of single pixels of one image of a workspace from its branches.
+
+    The cells around a pixel and their weights are looked up by its row and by its column, for all coarse branches at
+    once; the fine branch is evaluated at the pixels asked for only.
+    """
+
+    def __init__(self, workspace: Workspace, image: int, fine_branch: nn.Module, selu: FoldedSelu) -> None:
+        self.block1 = as_table(workspace.block1[image : image + 1])
+        self.fine_branch, self.selu = fine_branch, selu
+        self.coarse = workspace.coarse[image]
+        self.tables = workspace.cell_tables
+        left, top = workspace.origin
+        self.padded_width = workspace.block1.shape[3]
+        self.first_pixel = top * self.padded_width + left
+
+    def __call__(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Fine (N, D/4) and coarse (N, 3 D/4) features, not normalised, at rows and columns that broadcast to N."""
+        pixels = rows * self.padded_width + columns + self.first_pixel
+        fine = self.selu(self.fine_branch(self.block1.index_select(0, pixels.flatten())), is_shifted=False)
+        tables = self.tables
+        cells = _look_up(tables.row_cells, rows) + _look_up(tables.column_cells, columns)
+        weights = _look_up(tables.row_weights, rows) * _look_up(tables.column_weights, columns)
+        coarse = weighted_rows(self.coarse, cells.view(-1, 4), weights.view(-1, 4))
+        return fine, coarse.view(len(fine), -1)
+
+
+def _look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """Rows (..., C) of table (R, C); unlike indexing, a plain copy of rows."""
+    return table.index_select(0, indices.flatten()).view(*indices.shape, -1)
+
+
+class FoldedDescriptorHead(nn.Module):
+    """SDDH (section III-D of the paper) that reads a sampler."""
+
+    aggregation: Tensor
+
+    def __init__(self, head: DescriptorHead, selu: FoldedSelu) -> None:
+        super().__init__()
+        self.selu, self.num_samples = selu, head.num_samples
+        patch_conv, offset_conv = (layer for layer in head.offset_conv if isinstance(layer, nn.Conv2d))
+        self.patch = FoldedLinear(patch_conv.weight, patch_conv.bias, shift=selu.input_shift)
+        self.offset = FoldedLinear(offset_conv.weight, offset_conv.bias, gain=selu.gain)
+        self.feature = FoldedLinear(head.sf_conv.weight)
+        # The gain is left out here: descriptors are normalised.
+        self.register_buffer("aggregation", head.agg_weights.detach().flatten(0, 1))
+
+    def forward(self, sampler: PyramidSampler, keypoints: Tensor, height: int, width: int) -> Tensor:
+        """Descriptors (K, D) at keypoints (K, 2) px of an image of height x width px."""
+        chunk = CHUNK_SAMPLES // self.num_samples if keypoints.device.type == "cpu" else len(keypoints)
+        starts = range(0, len(keypoints), chunk)
+        parts = [self._describe(sampler, keypoints[first : first + chunk], height, width) for first in starts]
+        return functional.normalize(torch.cat(parts), dim=1)
+
+    def _describe(self, sampler: PyramidSampler, keypoints: Tensor, height: int, width: int) -> Tensor:
+        places = self._sample_places(sampler, keypoints, height, width)
+        rows, columns = zero_padded_taps(places[1], height), zero_padded_taps(places[0], width)
+        fine, coarse = sampler(rows.indices.unsqueeze(1), columns.indices.unsqueeze(0))
+        norm = torch.hypot(torch.linalg.vector_norm(fine, dim=1), torch.linalg.vector_norm(coarse, dim=1))
+        weights = (rows.weights.unsqueeze(1) * columns.weights.unsqueeze(0)).view(4, -1).div_(norm.view(4, -1))
+        weights = weights.t().contiguous()
+        corners = torch.arange(len(norm), device=norm.device, dtype=torch.int32).view(4, -1).t().contiguous()
+        sampled = torch.cat((weighted_rows(fine, corners, weights), weighted_rows(coarse, corners, weights)), dim=1)
+        features: Tensor = self.selu(self.feature(sampled), is_shifted=False)
+        return torch.mm(features.view(len(keypoints), -1), self.aggregation)
+
+    def _sample_places(self, sampler: PyramidSampler, keypoints: Tensor, height: int, width: int) -> Tensor:
+        """Where the features are read, (2, K M) px (x, y)."""
+        pixels = patch_pixels(keypoints, height, width).flatten()
+        patches = functional.normalize(torch.cat(sampler(pixels // width, pixels % width), dim=1), dim=1)
+        hidden = self.selu(self.patch(patches.view(len(keypoints), -1)))
+        limit = max_offset_px(height, width)
+        offsets: Tensor = self.offset(hidden).clamp_(-limit, limit).view(len(keypoints), 2, self.num_samples)
+        return (keypoints.unsqueeze(-1) + offsets).transpose(0, 1).flatten(1)
