@@ -4,8 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-
-from tests.synthetic_world import (
+from synthetic_world import (
     CAMERA,
     World,
     as_frame,
@@ -15,6 +14,7 @@ from tests.synthetic_world import (
     match_exactly,
     observe,
 )
+
 from vo.config import OdometryConfig, TwoViewConfig
 from vo.geometry import exp_se3, exp_so3, invert_pose, make_pose, rotation_angle
 from vo.odometry import Odometry
