@@ -17,6 +17,7 @@ from frontends.aliked_inference import AlikedInference
 from frontends.aliked_network import ARCHITECTURES, STRIDE, load_network
 from frontends.aliked_workspace import Workspace
 from frontends.base import Features, check_settings, resized_shape, setting, to_full_resolution
+from frontends.selection import SPREAD_CELL_PX
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,9 @@ class AlikedConfig:
     name: Literal["aliked"] = "aliked"
     variant: str = setting("t16", choices=tuple(ARCHITECTURES), help="t16 is the fastest, n32 the richest")
     max_keypoints: int = setting(1024, minimum=1, maximum=16384, help="keypoints per image at most")
+    spread_cell_px: int | None = setting(
+        SPREAD_CELL_PX, minimum=8, help="cells that share the keypoints evenly, px; none: the strongest anywhere"
+    )
     score_threshold: float | None = setting(
         None, minimum=0.0, maximum=1.0, help="scores below are dropped; none keeps the strongest whatever they score"
     )
@@ -69,7 +73,7 @@ class Aliked:
 
     @torch.inference_mode()
     def extract(self, image: NDArray[np.uint8]) -> Features:
-        """Features of one image (H, W, 3) RGB or (H, W) gray, uint8, best first by score at the peak.
+        """Features of one image (H, W, 3) RGB or (H, W) gray, uint8, the strongest peaks first, cell by cell if spread.
 
         Keypoints are px of `image`; rows beyond `num_valid` are zeros.
         Raises ValueError when the image is not of such a shape and type, or too small.
@@ -81,7 +85,13 @@ class Aliked:
             check_image(image)
         config, workspace = self.config, self._workspace_for(resized)
         score_map = self.network(as_batch(image, self.device), workspace)
-        found = detect(score_map, config.max_keypoints, config.score_threshold, config.suppression_rounds)
+        found = detect(
+            score_map,
+            config.max_keypoints,
+            config.score_threshold,
+            config.suppression_rounds,
+            config.spread_cell_px,
+        )
         descriptors = self.network.describe(workspace, found.keypoints)[0]
         num_valid = int(found.num_valid[0])
         is_valid = (torch.arange(len(descriptors), device=self.device) < num_valid).unsqueeze(1)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from frontends.selection import CANDIDATES_PER_KEYPOINT, spread_order
+
 RADIUS = 2  # px, of the suppression window, the soft-argmax window and the cleared border
 TEMPERATURE = 0.1  # of the soft-argmax
 ROUNDS = 3  # of suppression, in the published code
@@ -30,23 +32,32 @@ class Detections:
 
 
 def detect(
-    score_map: Tensor, max_keypoints: int, score_threshold: float | None = None, num_rounds: int = ROUNDS
+    score_map: Tensor,
+    max_keypoints: int,
+    score_threshold: float | None = None,
+    num_rounds: int = ROUNDS,
+    spread_cell_px: int | None = None,
 ) -> Detections:
     """The `max_keypoints` strongest peaks of each (B, 1, H, W) score map, those above the threshold if there is one.
 
+    With `spread_cell_px` they are taken from the cells of the image in turn, among several times as many.
     Differentiable with respect to the score map through the sub-pixel places and the scores read there.
     """
     score_map = score_map.contiguous()
     width = score_map.shape[3]
     minimum = score_threshold or 0.0
+    num_candidates = max_keypoints * (1 if spread_cell_px is None else CANDIDATES_PER_KEYPOINT)
     detached = score_map.detach()
     if score_map.device.type == "cpu":
-        images = [strongest_peaks(image[0], max_keypoints, minimum, num_rounds) for image in detached]
+        images = [strongest_peaks(image[0], num_candidates, minimum, num_rounds) for image in detached]
         peak_scores, indices = (torch.stack(parts) for parts in zip(*images, strict=True))
     else:
         peaks = clear_border(suppress_non_maxima(detached, num_rounds)).flatten(1)
-        peaks = functional.pad(peaks, (0, max(0, max_keypoints - peaks.shape[1])))
-        peak_scores, indices = peaks.topk(max_keypoints)
+        peaks = functional.pad(peaks, (0, max(0, num_candidates - peaks.shape[1])))
+        peak_scores, indices = peaks.topk(num_candidates)
+    if spread_cell_px is not None:
+        order = _spread(indices, peak_scores > minimum, width, spread_cell_px)[:, :max_keypoints]
+        peak_scores, indices = peak_scores.gather(1, order), indices.gather(1, order)
     is_valid = peak_scores > minimum
     # Padding rows refine the first pixel that has a whole window, so that no row reads outside the map.
     indices = torch.where(is_valid, indices, RADIUS * width + RADIUS)
@@ -54,6 +65,14 @@ def detect(
     scores = sample_scores(score_map, keypoints)
     keypoints = torch.where(is_valid.unsqueeze(-1), keypoints, 0.0)
     return Detections(keypoints, torch.where(is_valid, scores, 0.0), is_valid.sum(1))
+
+
+def _spread(indices: Tensor, is_valid: Tensor, width: int, cell_px: int) -> Tensor:
+    """Order (B, M) of flat indices (B, M): cells take turns, and what is not valid comes last."""
+    pixels = torch.stack((indices % width, torch.div(indices, width, rounding_mode="floor")), dim=-1)
+    order = spread_order(pixels.float(), cell_px)
+    valid_first = torch.sort((~is_valid).gather(1, order).to(torch.uint8), dim=1, stable=True).indices
+    return order.gather(1, valid_first)
 
 
 def suppress_non_maxima(score_map: Tensor, num_rounds: int = ROUNDS) -> Tensor:

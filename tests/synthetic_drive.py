@@ -6,8 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-
-from tests.synthetic_sources import write_image
+from synthetic_sources import write_image
 
 WIDTH, HEIGHT, FOCAL_PX = 320, 240, 250.0
 STEP_M = 0.1

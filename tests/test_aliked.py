@@ -71,7 +71,8 @@ def smooth_image(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 def random_extractor(variant: str = "t16", **settings: Any) -> Aliked:
-    return Aliked(AlikedConfig(variant=variant, **settings), random_network(variant).state_dict())
+    config = AlikedConfig(**{"variant": variant, "spread_cell_px": None, **settings})
+    return Aliked(config, random_network(variant).state_dict())
 
 
 def assert_equal_features(
@@ -95,7 +96,9 @@ def assert_equal_features(
 @pytest.mark.parametrize("image", ["kitti", "photo"])
 def test_reproduces_the_published_code(variant: str, image: str) -> None:
     expected = reference(variant)
-    features = Aliked(AlikedConfig(variant=variant), published(variant)).extract(expected[f"{image}_image"])
+    features = Aliked(AlikedConfig(variant=variant, spread_cell_px=None), published(variant)).extract(
+        expected[f"{image}_image"]
+    )
     assert features.num_valid == len(expected[f"{image}_keypoints"])
     assert_equal_features(
         features, expected[f"{image}_keypoints"], expected[f"{image}_descriptors"], expected[f"{image}_scores"]
@@ -115,7 +118,9 @@ def test_agrees_with_kornia(variant: str, image: str) -> None:
     with torch.inference_mode():
         expected = peer((torch.from_numpy(rgb).float() / 255).permute(2, 0, 1)[None])[0]
     # kornia keeps local maxima only, which is one round of suppression.
-    features = Aliked(AlikedConfig(variant=variant, suppression_rounds=1), state_dict).extract(pixels)
+    features = Aliked(AlikedConfig(variant=variant, suppression_rounds=1, spread_cell_px=None), state_dict).extract(
+        pixels
+    )
     assert_equal_features(
         features, expected.keypoints.numpy(), expected.descriptors.numpy(), expected.keypoint_scores.numpy()
     )
@@ -431,3 +436,17 @@ def test_equals_the_cpu_on_a_gpu() -> None:
     assert features.num_valid == expected.num_valid
     distance = torch.cdist(features.keypoints.cpu(), expected.keypoints).amin(1)
     assert (distance < 0.02).float().mean() >= 0.99
+
+
+def test_spread_detections_cover_the_map_and_keep_padding_last():
+    generator = torch.Generator().manual_seed(0)
+    score_map = torch.rand(2, 1, 60, 90, generator=generator) * 0.1
+    score_map[:, :, 20:40, 20:50] += 0.8
+    crowded, spread = detect(score_map, 30), detect(score_map, 30, spread_cell_px=15)
+    cells = [len(torch.unique((found.keypoints[0] // 15), dim=0)) for found in (crowded, spread)]
+    assert cells[1] == 24 and cells[0] < 15
+    few = torch.zeros(1, 1, 60, 90)
+    few[0, 0, 30, 40] = few[0, 0, 10, 70] = few[0, 0, 11, 60] = 0.5
+    found = detect(few, 10, spread_cell_px=15)
+    assert found.num_valid.tolist() == [3]
+    assert (found.scores[0, :3] > 0).all() and not found.scores[0, 3:].any() and not found.keypoints[0, 3:].any()

@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 import pytest
 from rich.console import Console
+from synthetic_drive import HEIGHT, WIDTH, write_drive
+from synthetic_sources import cut_short, gray_image, write_image, write_kitti, write_tum, write_video
 
-from tests.synthetic_drive import HEIGHT, WIDTH, write_drive
-from tests.synthetic_sources import cut_short, gray_image, write_image, write_kitti, write_tum, write_video
 from vo import cli
 from vo.config import Config
 from vo.config_loader import load_config

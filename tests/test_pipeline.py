@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from synthetic_world import CAMERA, driving_path, make_world, match_exactly, observe
 
 from frontends.aliked import AlikedConfig
 from frontends.base import Features, Matches, WeightsError
 from frontends.lightglue import LightGlueConfig
 from frontends.nearest import NearestConfig
 from frontends.orb import OrbConfig
-from tests.synthetic_world import CAMERA, driving_path, make_world, match_exactly, observe
 from vo.config import Config, FrontendConfig, PipelineConfig
 from vo.evaluation import compare
 from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, select_device
