@@ -14,8 +14,8 @@ from torch import Tensor
 
 from frontends.aliked_detection import ROUNDS, detect
 from frontends.aliked_inference import AlikedInference
+from frontends.aliked_layout import Layout
 from frontends.aliked_network import ARCHITECTURES, STRIDE, load_network
-from frontends.aliked_workspace import Workspace
 from frontends.base import Features, check_settings, resized_shape, setting, to_full_resolution
 from frontends.selection import SPREAD_CELL_PX
 
@@ -55,8 +55,8 @@ class Aliked:
         self.config = config
         self.device = torch.device(device)
         network = load_network(config.variant, state_dict)
-        self.network = AlikedInference(network, ARCHITECTURES[config.variant], self.device)
-        self._workspace: Workspace | None = None
+        self.network = AlikedInference(network, self.device)
+        self._layout: Layout | None = None
 
     @property
     def kind(self) -> str:
@@ -83,16 +83,16 @@ class Aliked:
         if resized != full:
             image = np.asarray(cv2.resize(image, resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
             check_image(image)
-        config, workspace = self.config, self._workspace_for(resized)
-        score_map = self.network(as_batch(image, self.device), workspace)
+        config = self.config
+        pyramid = self.network(as_batch(image, self.device), self._layout_for(resized))
         found = detect(
-            score_map,
+            pyramid.score_map,
             config.max_keypoints,
             config.score_threshold,
             config.suppression_rounds,
             config.spread_cell_px,
         )
-        descriptors = self.network.describe(workspace, found.keypoints)[0]
+        descriptors = self.network.describe(pyramid, found.keypoints)[0]
         num_valid = int(found.num_valid[0])
         is_valid = (torch.arange(len(descriptors), device=self.device) < num_valid).unsqueeze(1)
         keypoints = found.keypoints[0]
@@ -107,12 +107,12 @@ class Aliked:
             kind=self.kind,
         )
 
-    def _workspace_for(self, size: tuple[int, int]) -> Workspace:
-        """The workspace of the last image if it had the same (width, height) px, else a new one."""
+    def _layout_for(self, size: tuple[int, int]) -> Layout:
+        """The layout of the last image if it had the same (width, height) px, else a new one."""
         width, height = size
-        if self._workspace is None or self._workspace.size != (height, width):
-            self._workspace = self.network.create_workspace(1, height, width)
-        return self._workspace
+        if self._layout is None or self._layout.size != (height, width):
+            self._layout = self.network.create_layout(height, width)
+        return self._layout
 
 
 def check_image(image: NDArray[np.uint8]) -> tuple[int, int]:

@@ -7,36 +7,36 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from frontends.aliked_folding import FoldedLinear, FoldedSelu
+from frontends.aliked_layout import Layout
 from frontends.aliked_network import DescriptorHead, max_offset_px, patch_pixels
 from frontends.aliked_sampling import as_table, weighted_rows, zero_padded_taps
-from frontends.aliked_workspace import Workspace
 
 CHUNK_SAMPLES = 8192  # samples handled at once on the CPU, so that their features stay in the cache
 
 
 class PyramidSampler:
-    """Rebuilds the aggregated features of single pixels of one image of a workspace from its branches.
+    """Rebuilds the aggregated features of single pixels of one image from its branches.
 
     The cells around a pixel and their weights are looked up by its row and by its column, for all coarse branches at
     once; the fine branch is evaluated at the pixels asked for only.
     """
 
-    def __init__(self, workspace: Workspace, image: int, fine_branch: nn.Module, selu: FoldedSelu) -> None:
-        self.block1 = as_table(workspace.block1[image : image + 1])
+    def __init__(
+        self, block1: Tensor, coarse: Tensor, layout: Layout, fine_branch: nn.Module, selu: FoldedSelu
+    ) -> None:
+        """block1 (c1, H', W'), channels-last, and coarse (cells, D/4)."""
+        self.block1, self.coarse, self.layout = as_table(block1.unsqueeze(0)), coarse, layout
         self.fine_branch, self.selu = fine_branch, selu
-        self.coarse = workspace.coarse[image]
-        self.tables = workspace.cell_tables
-        left, top = workspace.origin
-        self.padded_width = workspace.block1.shape[3]
-        self.first_pixel = top * self.padded_width + left
+        self.padded_width = block1.shape[2]
 
     def __call__(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Fine (N, D/4) and coarse (N, 3 D/4) features, not normalised, at rows and columns that broadcast to N."""
-        pixels = rows * self.padded_width + columns + self.first_pixel
+        layout = self.layout
+        left, top = layout.origin
+        pixels = rows * self.padded_width + columns + (top * self.padded_width + left)
         fine = self.selu(self.fine_branch(self.block1.index_select(0, pixels.flatten())), is_shifted=False)
-        tables = self.tables
-        cells = _look_up(tables.row_cells, rows) + _look_up(tables.column_cells, columns)
-        weights = _look_up(tables.row_weights, rows) * _look_up(tables.column_weights, columns)
+        cells = _look_up(layout.row_cells, rows) + _look_up(layout.column_cells, columns)
+        weights = _look_up(layout.row_weights, rows) * _look_up(layout.column_weights, columns)
         coarse = weighted_rows(self.coarse, cells.view(-1, 4), weights.view(-1, 4))
         return fine, coarse.view(len(fine), -1)
 

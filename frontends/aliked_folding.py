@@ -38,31 +38,18 @@ class FoldedSelu:
     def for_device(device: torch.device) -> FoldedSelu:
         return FoldedSelu(-SELU_ALPHA, SELU_LAMBDA) if device.type == "cpu" else FoldedSelu(0.0, 1.0)
 
-    def __call__(self, x: Tensor, out: Tensor | None = None, *, is_shifted: bool = True) -> Tensor:
-        """SELU of x, contiguous or channels-last, in place or into `out` of the same shape, whose images are dense.
-
-        Returns where the result is; x is overwritten in any case. `is_shifted` is False for what comes without a bias.
-        """
+    def __call__(self, x: Tensor, *, is_shifted: bool = True) -> Tensor:
+        """Overwrites x, contiguous or channels-last, and returns it. `is_shifted` is False where it had no bias."""
         if self.input_shift == 0.0:
-            functional.selu(x, inplace=True)
-            return x if out is None else out.copy_(x)
-        if out is None or len(x) == 1:
-            _elu(x, x if out is None else out, is_shifted=is_shifted)
-        else:
-            for source, target in zip(x.split(1), out.split(1), strict=True):  # type: ignore[no-untyped-call]
-                _elu(source, target, is_shifted=is_shifted)
-        return x if out is None else out
-
-
-def _elu(x: Tensor, out: Tensor, *, is_shifted: bool) -> None:
-    source, target = _flat(x), _flat(out)
-    for first in range(0, source.numel(), CHUNK_VALUES):
-        values = source[first : first + CHUNK_VALUES]
-        if not is_shifted:
-            values.sub_(SELU_ALPHA)
-        exponential = values.clamp(max=-SELU_ALPHA).exp_()
-        results = target[first : first + CHUNK_VALUES]
-        torch.add(values.clamp_(min=-SELU_ALPHA), exponential, alpha=_EXPONENTIAL_GAIN, out=results)
+            return functional.selu(x, inplace=True)
+        flat = _flat(x)
+        for first in range(0, flat.numel(), CHUNK_VALUES):
+            values = flat[first : first + CHUNK_VALUES]
+            if not is_shifted:
+                values.sub_(SELU_ALPHA)
+            exponential = values.clamp(max=-SELU_ALPHA).exp_()
+            values.clamp_(min=-SELU_ALPHA).add_(exponential, alpha=_EXPONENTIAL_GAIN)
+        return x
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -84,60 +71,19 @@ class FoldedConv2d(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias + shift)
 
-    def forward(self, x: Tensor, *, pad_rows: bool = True) -> Tensor:
-        """Channels-last (B, C, H, W) -> channels-last (B, D, H, W), or (B, D, H - 2, W) without padding of rows."""
-        return convolve(x, self.weight, self.bias, (int(pad_rows), 1)).contiguous(memory_format=torch.channels_last)
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels-last (B, C, H, W) -> channels-last (B, D, H, W)."""
+        return convolve(x, self.weight, self.bias).contiguous(memory_format=torch.channels_last)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
-    """A convolution of stride 1, by oneDNN on the CPU where there is one.
+def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3x3 convolution with padding 1, by oneDNN on the CPU where there is one.
 
     PyTorch's own choice on a single thread is a slower one, which unfolds the input.
     """
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1), (1, 1), 1)
-    return functional.conv2d(x, weight, bias, padding=padding)
-
-
-class StreamedConv2d:
-    """A 3x3 convolution fed strip by strip, after `selu` where there is one; the last two rows wait for the next strip.
-
-    With L of them in a row, the output of a strip lags L rows behind its input, and the last strip makes up for it.
-    """
-
-    def __init__(self, conv: nn.Module, selu: FoldedSelu | None) -> None:
-        """`conv` is a FoldedConv2d."""
-        self.conv, self.selu = conv, selu
-        self.carry: Tensor | None = None
-
-    def __call__(self, rows: Tensor, *, is_last: bool) -> Tensor:
-        """The next rows (B, C, R, W), channels-last -> the output rows that can be computed with them.
-
-        Overwrites `rows` where a SELU comes first.
-        """
-        if self.carry is None and is_last:
-            return self._convolve(rows if self.selu is None else self.selu(rows), pad_rows=True)
-        batch, channels, num_rows, width = rows.shape
-        num_before = 1 if self.carry is None else 2
-        shape = (batch, channels, num_before + num_rows + int(is_last), width)
-        window = torch.empty(shape, device=rows.device, memory_format=torch.channels_last)
-        if self.carry is None:
-            window[:, :, :1].zero_()
-        else:
-            window[:, :, :2] = self.carry
-        inner = window[:, :, num_before : num_before + num_rows]
-        if self.selu is None:
-            inner.copy_(rows)
-        else:
-            self.selu(rows, out=inner)
-        if is_last:
-            window[:, :, -1:].zero_()
-        self.carry = window[:, :, -2:]
-        return self._convolve(window, pad_rows=False)
-
-    def _convolve(self, window: Tensor, *, pad_rows: bool) -> Tensor:
-        out: Tensor = self.conv(window, pad_rows=pad_rows)
-        return out
+        return torch.mkldnn_convolution(x, weight, bias, (1, 1), (1, 1), (1, 1), 1)
+    return functional.conv2d(x, weight, bias, padding=1)
 
 
 class FoldedLinear(nn.Module):

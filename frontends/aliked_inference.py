@@ -4,12 +4,11 @@ Two facts make that possible. Bilinear upsampling is linear over pixels and a 1x
 commute: the head of the score branch is applied to each branch at its own resolution, and only its 8 channels are
 upsampled. And the descriptor head reads the map at a few places around every keypoint only; there it is rebuilt from
 the branches, norm included (aliked_descriptors.py).
-
-On the CPU memory is the limit, not arithmetic: what runs at high resolution runs strip by strip of rows that stay in
-the cache, and what outlives a strip is written to memory that is kept from frame to frame.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +16,42 @@ from torch.nn import functional
 
 from frontends.aliked_descriptors import FoldedDescriptorHead, PyramidSampler
 from frontends.aliked_folding import (
+    CHUNK_VALUES,
     FoldedConv2d,
     FoldedDeformableConv2d,
     FoldedLinear,
     FoldedSelu,
-    StreamedConv2d,
 )
-from frontends.aliked_network import AlikedArchitecture, AlikedNetwork, DeformableConv2d, ResidualBlock
+from frontends.aliked_layout import Layout, create_layout
+from frontends.aliked_network import BLOCK_STRIDES, AlikedNetwork, DeformableConv2d, ResidualBlock
 from frontends.aliked_sampling import as_map, as_table, weighted_rows
-from frontends.aliked_workspace import SCORE_LAG, RowMixing, Workspace, create_workspace, strips
+
+_HEAP_BYTES = 31 << 20  # just below the most that glibc's allocator adapts to
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pyramid:
+    """What is known of images before aggregation: every branch at its own resolution.
+
+    score_map   (B, 1, H, W) in (0, 1).
+    block1      (B, c1, H', W'), channels-last; the finest branch is evaluated where it is read.
+    coarse      (B, cells, D/4), the coarse tables of the layout.
+    """
+
+    score_map: Tensor
+    block1: Tensor
+    coarse: Tensor
+    layout: Layout
 
 
 class AlikedInference(nn.Module):
     """The network for inference, its weights folded for one device."""
 
-    def __init__(self, network: AlikedNetwork, architecture: AlikedArchitecture, device: torch.device) -> None:
+    def __init__(self, network: AlikedNetwork, device: torch.device) -> None:
         super().__init__()
         selu = FoldedSelu.for_device(device)
         gain, shift = selu.gain, selu.input_shift
-        self.architecture, self.device, self.selu = architecture, device, selu
+        self.device, self.selu = device, selu
         self.block1_conv1 = FoldedConv2d(network.block1.conv1, gain=1.0, shift=shift, norm=network.block1.bn1)
         self.block1_conv2 = FoldedConv2d(network.block1.conv2, gain=gain, shift=shift, norm=network.block1.bn2)
         self.block2 = FoldedResidualBlock(network.block2, selu, input_gain=0.25)  # of sums over four pixels
@@ -50,92 +66,78 @@ class AlikedInference(nn.Module):
         # Upsampling keeps constants, so that the coarsest logits can carry the shift of the sum of all four.
         parts = zip(coarse, (0.0, 0.0, shift), strict=True)
         self.coarse_logits = nn.ModuleList([FoldedLinear(part, gain=gain, shift=own) for part, own in parts])
-        score_convs = [FoldedConv2d(conv, gain=gain, shift=shift) for conv in middle]
-        self.score_convs = nn.ModuleList([*score_convs, FoldedConv2d(last, gain=gain, shift=0.0)])
+        self.score_convs = nn.ModuleList([FoldedConv2d(conv, gain=gain, shift=shift) for conv in middle])
+        self.score_last = FoldedConv2d(last, gain=gain, shift=0.0)
         self.head = FoldedDescriptorHead(network.desc_head, selu)
         self.to(device)
+        if device.type == "cpu":
+            keep_freed_memory()
 
-    def create_workspace(self, batch: int, height: int, width: int) -> Workspace:
-        """Workspace for `batch` images of height x width px, at least STRIDE px each."""
-        return create_workspace(self.architecture, batch, height, width, self.device)
+    def create_layout(self, height: int, width: int) -> Layout:
+        """Layout for images of height x width px, at least STRIDE px each."""
+        return create_layout(height, width, self.device)
 
-    def forward(self, images: Tensor, workspace: Workspace) -> Tensor:
-        """Score map (B, 1, H, W) in (0, 1) of images (B, 3, H, W) RGB, uint8 or float in [0, 1].
-
-        The workspace, made for this size, then holds what `describe` needs; its next use overwrites both.
-        """
-        load_images(images, workspace)
-        self._encode_block1(workspace)
-        pooled2, logits2 = self._encode_block2(workspace)
-        x3 = self.block3(pooled2)
+    def forward(self, images: Tensor, layout: Layout) -> Pyramid:
+        """Pyramid of images (B, 3, H, W) RGB, uint8 or float in [0, 1], of the size that the layout was made for."""
+        x1 = self.selu(self.block1_conv1(pad_images(images, layout)))
+        x1 = self.selu(self.block1_conv2(x1))
+        x2 = self.block2(sum_two_by_two(x1))
+        x3 = self.block3(functional.avg_pool2d(x2, 4))
         x4 = self.block4(functional.avg_pool2d(x3, 4))
-        first_cell = workspace.coarse_sizes[0][0] * workspace.coarse_sizes[0][1]
-        coarse_logits = [logits2]
-        for x, branch, head in zip((x3, x4), self.coarse_branches[1:], self.coarse_logits[1:], strict=True):
-            last_cell = first_cell + x.shape[2] * x.shape[3]
-            table = branch(as_table(x)).view(len(images), last_cell - first_cell, -1)
-            table = self.selu(table, out=workspace.coarse[:, first_cell:last_cell], is_shifted=False)
-            coarse_logits.append(as_map(head(table.flatten(0, 1)), x.shape))
-            first_cell = last_cell
-        self._score(coarse_logits, workspace)
-        (left, top), (height, width) = workspace.origin, workspace.size
-        return workspace.scores[:, :, top : top + height, left : left + width]
+        tables = []
+        for x, branch in zip((x2, x3, x4), self.coarse_branches, strict=True):
+            table: Tensor = self.selu(branch(as_table(x)), is_shifted=False)
+            tables.append(table.view(len(images), -1, table.shape[1]))
+        scores = self._score(x1, tables, layout)
+        (left, top), (height, width) = layout.origin, layout.size
+        score_map = scores[:, :, top : top + height, left : left + width]
+        return Pyramid(score_map, x1, torch.cat(tables, dim=1), layout)
 
-    def _encode_block1(self, workspace: Workspace) -> None:
-        conv1, conv2 = StreamedConv2d(self.block1_conv1, None), StreamedConv2d(self.block1_conv2, self.selu)
-        height, done = workspace.images.shape[2], 0
-        for start, end in strips(height, workspace.strip_rows, lag=2):
-            x = conv1(workspace.images[:, :, start:end], is_last=end == height)
-            x = conv2(x, is_last=end == height)
-            stop = done + x.shape[2]
-            x = self.selu(x, out=workspace.block1[:, :, done:stop])
-            pool_by_two(x, out=workspace.pooled1[:, :, done // 2 : stop // 2])
-            done = stop
+    def _score(self, x1: Tensor, tables: list[Tensor], layout: Layout) -> Tensor:
+        pixels, logits = as_table(x1), self._coarse_logits(tables, layout, x1.shape[3])
+        chunk = CHUNK_VALUES // self.fine_branch.weight.shape[1] if x1.device.type == "cpu" else len(pixels)
+        for first in range(0, len(pixels), chunk):
+            fine = self.selu(self.fine_branch(pixels[first : first + chunk]), is_shifted=False)
+            some_logits = logits[first : first + chunk]
+            some_logits += self.fine_logits(fine)
+            self.selu(some_logits)
+        x = as_map(logits, x1.shape)
+        for conv in self.score_convs:
+            x = self.selu(conv(x))
+        scores: Tensor = self.score_last(x)
+        return scores.sigmoid_()
 
-    def _encode_block2(self, workspace: Workspace) -> tuple[Tensor, Tensor]:
-        """The pooled output (B, c2, H'/8, W'/8) of the block, and its logits (B, 8, H'/2, W'/2)."""
-        conv1, conv2 = StreamedConv2d(self.block2.conv1, None), StreamedConv2d(self.block2.conv2, self.selu)
-        branch, head = self.coarse_branches[0], self.coarse_logits[0]
-        pooled1 = workspace.pooled1
-        (batch, _, height, width), done = pooled1.shape, 0
-        pooled2, logits = [], []
-        for start, end in strips(height, workspace.strip_rows, lag=2):
-            x = conv1(pooled1[:, :, start:end], is_last=end == height)
-            x = conv2(x, is_last=end == height)
-            stop = done + x.shape[2]
-            x = self.selu(self.block2.add_shortcut(x, pooled1[:, :, done:stop]))
-            pooled2.append(functional.avg_pool2d(x, 4))
-            table = branch(as_table(x)).view(batch, (stop - done) * width, -1)
-            table = self.selu(table, out=workspace.coarse[:, done * width : stop * width], is_shifted=False)
-            logits.append(as_map(head(table.flatten(0, 1)), x.shape))
-            done = stop
-        return torch.cat(pooled2, dim=2), torch.cat(logits, dim=2)
+    def _coarse_logits(self, tables: list[Tensor], layout: Layout, width: int) -> Tensor:
+        """Sum of the upsampled logits of the coarse branches, (B H' W', 8), with width = W'.
 
-    def _score(self, coarse_logits: list[Tensor], workspace: Workspace) -> None:
-        convs = [StreamedConv2d(conv, self.selu) for conv in self.score_convs]
-        block1 = workspace.block1
-        height, done = block1.shape[2], 0
-        pairs = zip(strips(height, workspace.strip_rows, SCORE_LAG), workspace.row_mixing, strict=True)
-        for (start, end), mixing in pairs:
-            rows = block1[:, :, start:end]
-            logits = mix_rows(coarse_logits, mixing, block1.shape[3])
-            logits += self.fine_logits(self.selu(self.fine_branch(as_table(rows)), is_shifted=False))
-            x = as_map(logits, rows.shape)
-            for conv in convs:
-                x = conv(x, is_last=end == height)
-            stop = done + x.shape[2]
-            torch.sigmoid(x, out=workspace.scores[:, :, done:stop])
-            done = stop
+        Columns are upsampled branch by branch; all rows then at once, as weighted sums of rows.
+        """
+        rows = []
+        for table, head, (coarse_height, coarse_width) in zip(
+            tables, self.coarse_logits, layout.coarse_sizes, strict=True
+        ):
+            logits = head(table.flatten(0, 1)).view(len(table), coarse_height, coarse_width, -1).permute(0, 3, 1, 2)
+            logits = functional.interpolate(logits, (coarse_height, width), mode="bilinear", align_corners=True)
+            rows.append(logits.permute(0, 2, 3, 1).flatten(2))
+        all_rows = torch.cat(rows, dim=1)
+        batch, num_rows = all_rows.shape[:2]
+        first_row = torch.arange(batch, device=all_rows.device).view(-1, 1, 1) * num_rows
+        indices = (layout.mixing_rows + first_row).flatten(0, 1)
+        mixed = weighted_rows(all_rows.flatten(0, 1), indices, layout.mixing_weights.repeat(batch, 1))
+        return mixed.view(-1, mixed.shape[1] // width)
 
-    def describe(self, workspace: Workspace, keypoints: Tensor) -> Tensor:
-        """Descriptors (B, K, D) of unit length at keypoints (B, K, 2) px of the images last given to `forward`."""
-        samplers = (PyramidSampler(workspace, image, self.fine_branch, self.selu) for image in range(len(keypoints)))
+    def describe(self, pyramid: Pyramid, keypoints: Tensor) -> Tensor:
+        """Descriptors (B, K, D) of unit length at keypoints (B, K, 2) px."""
+        samplers = (
+            PyramidSampler(block1, coarse, pyramid.layout, self.fine_branch, self.selu)
+            for block1, coarse in zip(pyramid.block1, pyramid.coarse, strict=True)
+        )
         pairs = zip(samplers, keypoints, strict=True)
-        return torch.stack([self.head(sampler, points, *workspace.size) for sampler, points in pairs])
+        return torch.stack([self.head(sampler, points, *pyramid.layout.size) for sampler, points in pairs])
 
 
 class FoldedResidualBlock(nn.Module):
-    """A residual block; where it runs strip by strip, its parts are called one by one."""
+    """Two 3x3 convolutions, deformable or not, beside a 1x1 shortcut."""
 
     def __init__(self, block: ResidualBlock, selu: FoldedSelu, input_gain: float = 1.0) -> None:
         """`input_gain` is what the input has to be multiplied with."""
@@ -148,10 +150,9 @@ class FoldedResidualBlock(nn.Module):
         self.shortcut = FoldedLinear(shortcut.weight, shortcut.bias, gain=gain * input_gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.selu(self.add_shortcut(self.conv2(self.selu(self.conv1(x))), x))
-
-    def add_shortcut(self, out: Tensor, x: Tensor) -> Tensor:
-        return out.add_(as_map(self.shortcut(as_table(x)), out.shape))
+        """Channels-last in, channels-last out."""
+        out: Tensor = self.conv2(self.selu(self.conv1(x)))
+        return self.selu(out.add_(as_map(self.shortcut(as_table(x)), out.shape)))
 
 
 def fold(conv: nn.Module, norm: nn.BatchNorm2d, *, gain: float, shift: float) -> nn.Module:
@@ -163,17 +164,22 @@ def fold(conv: nn.Module, norm: nn.BatchNorm2d, *, gain: float, shift: float) ->
     raise TypeError(f"conv: expected a convolution, got {type(conv).__name__}")
 
 
-def pool_by_two(x: Tensor, out: Tensor) -> None:
-    """Sums over 2x2 px of x (B, C, H, W), channels-last, into out (B, C, H/2, W/2)."""
+def sum_two_by_two(x: Tensor) -> Tensor:
+    """Sums over 2x2 px of x (B, C, H, W), channels-last: (B, C, H/2, W/2). Twice as fast as average pooling."""
     rows = x[:, :, ::2] + x[:, :, 1::2]
-    torch.add(rows[..., ::2], rows[..., 1::2], out=out)
+    return rows[..., ::2] + rows[..., 1::2]
 
 
-def load_images(images: Tensor, workspace: Workspace) -> None:
-    """Copy images (B, 3, H, W), uint8 or float in [0, 1], into the workspace and repeat their border pixels around."""
-    padded, (left, top), (height, width) = workspace.images, workspace.origin, workspace.size
-    if images.shape != (len(padded), 3, height, width):
-        raise ValueError(f"images: expected {(len(padded), 3, height, width)}, got {tuple(images.shape)}")
+def pad_images(images: Tensor, layout: Layout) -> Tensor:
+    """Images (B, 3, H, W), uint8 or float in [0, 1], as float32, their border repeated: (B, 3, H', W'), channels-last.
+
+    Raises ValueError when they have another size than the layout.
+    """
+    (left, top), (height, width) = layout.origin, layout.size
+    if images.shape[1:] != (3, height, width):
+        raise ValueError(f"images: expected (B, 3, {height}, {width}), got {tuple(images.shape)}")
+    rows, columns = (BLOCK_STRIDES[1] * side for side in layout.coarse_sizes[0])
+    padded = torch.empty((len(images), 3, rows, columns), device=images.device, memory_format=torch.channels_last)
     bottom, right = top + height, left + width
     inside = padded[:, :, top:bottom, left:right]
     inside.copy_(images)
@@ -183,17 +189,14 @@ def load_images(images: Tensor, workspace: Workspace) -> None:
     padded[:, :, top:bottom, right:] = padded[:, :, top:bottom, right - 1 : right]
     padded[:, :, :top] = padded[:, :, top : top + 1]
     padded[:, :, bottom:] = padded[:, :, bottom - 1 : bottom]
+    return padded
 
 
-def mix_rows(coarse_logits: list[Tensor], mixing: RowMixing, width: int) -> Tensor:
-    """Sum of the upsampled coarse logits on the rows of a strip, (B R width, 8).
+def keep_freed_memory() -> None:
+    """Make the C allocator keep some tens of megabytes that are freed, where it is glibc's.
 
-    Columns are upsampled branch by branch, on the rows needed; the rows then all at once, as weighted sums of rows.
+    It gives large blocks back to the system at once, until it sees one as large as this freed. Without that, the
+    temporaries of every frame are mapped and zeroed anew: thousands of page faults, a fifth of the time of a frame.
     """
-    rows = []
-    for logits, (first, last) in zip(coarse_logits, mixing.windows, strict=True):
-        window = logits[:, :, first:last]
-        window = functional.interpolate(window, (last - first, width), mode="bilinear", align_corners=True)
-        rows.append(window.permute(0, 2, 3, 1).flatten(2))
-    mixed = weighted_rows(torch.cat(rows, dim=1).flatten(0, 1), mixing.indices, mixing.weights)
-    return mixed.view(-1, coarse_logits[0].shape[1])
+    block = torch.empty(_HEAP_BYTES, dtype=torch.uint8)
+    del block

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates, maximum_filter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frontends import aliked_workspace
 from frontends.aliked import Aliked, AlikedConfig
 from frontends.aliked_detection import (
     RADIUS,
@@ -148,53 +147,36 @@ def test_reproduces_the_score_map_of_the_published_code() -> None:
     height=st.integers(32, 150),
     width=st.integers(32, 150),
     batch=st.integers(1, 2),
-    strip_values=st.sampled_from([1, 1 << 30]),
 )
-def test_equals_the_plain_formulation(variant: str, height: int, width: int, batch: int, strip_values: int) -> None:
+def test_equals_the_plain_formulation(variant: str, height: int, width: int, batch: int) -> None:
     network = random_network(variant)
     images = torch.stack([torch.from_numpy(smooth_image(height, width, seed)) for seed in range(batch)])
     images = images.permute(0, 3, 1, 2).float() / 255
     keypoints = torch.rand(batch, 50, 2) * torch.tensor([width - 1.0, height - 1.0])
-    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(aliked_workspace, "STRIP_VALUES", strip_values)
-        fast = AlikedInference(network, ARCHITECTURES[variant], CPU)
-        workspace = fast.create_workspace(batch, height, width)
-        score_map = fast(images, workspace)
-        descriptors = fast.describe(workspace, keypoints)
+    with torch.inference_mode():
+        fast = AlikedInference(network, CPU)
+        pyramid = fast(images, fast.create_layout(height, width))
+        descriptors = fast.describe(pyramid, keypoints)
         maps = network(images)
         expected = network.describe(maps.feature_map, keypoints)
-    torch.testing.assert_close(score_map, maps.score_map, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pyramid.score_map, maps.score_map, atol=1e-4, rtol=0)
     torch.testing.assert_close(descriptors, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("height", [32, 64, 160, 384, 480])
-@pytest.mark.parametrize("rows", [32, 40, 96])
-@pytest.mark.parametrize("lag", [2, 3])
-def test_strips_cover_an_image_and_outputs_are_whole_strips(height: int, rows: int, lag: int) -> None:
-    strips = aliked_workspace.strips(height, rows, lag)
-    assert [start for start, _ in strips] == [0, *(end for _, end in strips[:-1])]
-    assert strips[-1][1] == height
-    assert all((end - lag) % rows == 0 for _, end in strips[:-1])
-    assert all(end - start > lag for start, end in strips)
-
-
 def test_two_images_at_once_equal_one_at_a_time() -> None:
-    network = random_network("t16")
-    fast = AlikedInference(network, ARCHITECTURES["t16"], CPU)
+    fast = AlikedInference(random_network("t16"), CPU)
     images = torch.stack([torch.from_numpy(smooth_image(100, 130, seed)) for seed in range(2)]).permute(0, 3, 1, 2)
-    keypoints = torch.rand(2, 40, 2) * 99
+    keypoints, layout = torch.rand(2, 40, 2) * 99, fast.create_layout(100, 130)
     with torch.inference_mode():
-        both = fast.create_workspace(2, 100, 130)
-        score_maps = fast(images, both)
-        found = detect(score_maps, 40)
-        descriptors = fast.describe(both, keypoints)
+        both = fast(images, layout)
+        found, descriptors = detect(both.score_map, 40), fast.describe(both, keypoints)
         for index in range(2):
-            one = fast.create_workspace(1, 100, 130)
-            score_map = fast(images[index : index + 1], one)
-            torch.testing.assert_close(score_map[0], score_maps[index], atol=1e-6, rtol=0)
-            torch.testing.assert_close(detect(score_map, 40).keypoints[0], found.keypoints[index], atol=1e-4, rtol=0)
-            own = fast.describe(one, keypoints[index : index + 1])
-            torch.testing.assert_close(own[0], descriptors[index], atol=1e-5, rtol=0)
+            one = fast(images[index : index + 1], layout)
+            torch.testing.assert_close(one.score_map[0], both.score_map[index], atol=1e-6, rtol=0)
+            own_keypoints = detect(one.score_map, 40).keypoints
+            torch.testing.assert_close(own_keypoints[0], found.keypoints[index], atol=1e-4, rtol=0)
+            own_descriptors = fast.describe(one, keypoints[index : index + 1])
+            torch.testing.assert_close(own_descriptors[0], descriptors[index], atol=1e-5, rtol=0)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -403,10 +385,10 @@ def test_refuses_what_is_not_an_image(image: NDArray[Any]) -> None:
         random_extractor().extract(image)
 
 
-def test_refuses_images_of_another_size_than_the_workspace() -> None:
-    fast = AlikedInference(random_network("t16"), ARCHITECTURES["t16"], CPU)
+def test_refuses_images_of_another_size_than_the_layout() -> None:
+    fast = AlikedInference(random_network("t16"), CPU)
     with pytest.raises(ValueError, match="images: expected"):
-        fast(torch.zeros(1, 3, 64, 65), fast.create_workspace(1, 64, 64))
+        fast(torch.zeros(1, 3, 64, 65), fast.create_layout(64, 64))
 
 
 def test_refuses_weights_of_another_network() -> None:
