@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from scipy.stats import binom
+from synthetic_drive import STEP_M, write_drive
 
 import vo.bench_machine
 import vo.sources.manifest
@@ -34,7 +35,6 @@ from frontends.lightglue_network import LightGlueArchitecture, LightGlueNetwork
 from frontends.nearest import Nearest, NearestConfig
 from frontends.orb import Orb, OrbConfig
 from frontends.xfeat import XFeatConfig
-from tests.synthetic_drive import STEP_M, write_drive
 from vo.bench import BenchRequest, command_line, precision_of, read_frames
 from vo.bench_compare import Conditions, compare, same_matches, same_places
 from vo.bench_machine import CpuWatch, parse_cpu_times, parse_cpuinfo, parse_meminfo, portable_source, read_machine
@@ -51,6 +51,7 @@ from vo.bench_peers import (
 from vo.bench_statistics import Ratio, bootstrap_interval, ratio, time_call, time_in_turn, timing
 from vo.cli import build_parser, main
 from vo.config import FrontendConfig, TwoViewConfig
+from vo.config_loader import load_config
 from vo.frontend import Frontend
 from vo.sources import open_source
 from vo.types import ConfigError, Frame, SourceError
@@ -61,6 +62,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import benchmark_tables  # noqa: E402
 import matching_metrics  # noqa: E402
 import matching_quality  # noqa: E402
+import run_benchmarks  # noqa: E402
 import write_benchmarks  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -713,7 +715,7 @@ def test_page_is_written_from_the_figures(bench_tree: dict[str, Any], tmp_path: 
         "frames_processed": 8,
         "poses": 7,
         "fps": 12.34,
-        "latency_ms": {"p50": 81.2, "p95": 99.9},
+        "stages_ms": {"extract": {"p50": 81.2, "p95": 99.9}, "track": {"p50": 3.4, "p95": 5.0}},
         "evaluation": {
             "ate_rmse_m": 0.1234,
             "rpe_rot_deg": 0.05,
@@ -730,7 +732,7 @@ def test_page_is_written_from_the_figures(bench_tree: dict[str, Any], tmp_path: 
     assert write_benchmarks.main([*flags, "--add-run", f"drive-orb={tmp_path / 'out'}"]) == 0
     assert write_benchmarks.main([*flags, "--check"]) == 0
     text = page.read_text()
-    assert "| drive-orb | kitti:sequences/05 | 8 | 7 | 12.3 | 81 / 100 | 0.123 | 0.050 | sim3 | 144.9 |" in text
+    assert "| drive-orb | kitti:sequences/05 | 8 | 7 | 12.3 | 81 / - / 3 | 0.123 | 0.050 | sim3 | 144.9 |" in text
     first = bench_tree["comparisons"][0]
     assert f"| {first['ours']['median_ms']:.1f} | {first['description']} | {first['theirs']['median_ms']:.1f} |" in text
     assert "| kitti:sequences/05 320x240, 1024 keypoints, preset orb | extract | orb, as written |" in text
@@ -783,6 +785,16 @@ def test_committed_page_says_what_the_committed_figures_say() -> None:
     assert write_benchmarks.main(["--check"]) == 0
     for path in (ROOT / "benchmarks").glob("*.json"):
         assert not re.search(r'[" :](/home/|/root/|/work/|/tmp/|/Users/)', path.read_text()), path.name
+
+
+def test_commands_of_the_page_are_commands() -> None:
+    names = [case.name for case in run_benchmarks.CASES]
+    assert len(set(names)) == len(names) and {case.group for case in run_benchmarks.CASES} == set(run_benchmarks.GROUPS)
+    for case in run_benchmarks.CASES:
+        if case.group in ("speed", "runs"):
+            command = "bench" if case.group == "speed" else "run"
+            options = build_parser().parse_args([command, case.source, *case.flags])
+            load_config(options.config, options.set)
 
 
 def test_commands_for_the_gpu_are_commands() -> None:

@@ -236,7 +236,7 @@ def run_lines(results: Sequence[Tree]) -> list[str]:
         "frames",
         "poses",
         "frames/s",
-        "latency p50 / p95, ms",
+        "extract / match / track, ms",
         "ATE, m",
         "rotation per frame, deg",
         "alignment",
@@ -247,7 +247,8 @@ def run_lines(results: Sequence[Tree]) -> list[str]:
 
 
 def _run_row(label: str, summary: Tree) -> tuple[str, ...]:
-    latency, evaluation = summary["latency_ms"], summary["evaluation"]
+    stages, evaluation = summary["stages_ms"], summary["evaluation"]
+    medians = (f"{stages[name]['p50']:.0f}" if name in stages else "-" for name in ("extract", "match", "track"))
     accuracy = ("", "", "", "")
     if evaluation is not None:
         accuracy = (
@@ -262,6 +263,6 @@ def _run_row(label: str, summary: Tree) -> tuple[str, ...]:
         str(summary["frames_processed"]),
         str(summary["poses"]),
         f"{summary['fps']:.1f}",
-        "" if latency is None else f"{latency['p50']:.0f} / {latency['p95']:.0f}",
+        " / ".join(medians),
         *accuracy,
     )

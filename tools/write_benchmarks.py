@@ -105,7 +105,7 @@ GPU_FIGURES = (
 INTRODUCTION = """# Benchmarks
 
 Every figure here comes from a file in `benchmarks/`, written by the tool that measured it;
-`python tools/write_benchmarks.py` turns them into this page.
+`python tools/write_benchmarks.py` turns those into this page, and `python tools/run_benchmarks.py` measures all again.
 
 How speed is measured (`vo bench`): real consecutive frames, calls that are not timed first, then our method and the
 other one in turn (ours, theirs, ours, theirs, ...) in one process with the same number of threads. Both have the same
@@ -212,7 +212,8 @@ def render(results: dict[str, list[Tree]]) -> str:
         *_matching(results["matching"]),
         "## Odometry accuracy",
         "",
-        "Whole runs of `vo run --output DIR`, kept by `python tools/write_benchmarks.py --add-run NAME=DIR`.",
+        "Whole runs of `vo run --output DIR`, kept by `python tools/write_benchmarks.py --add-run NAME=DIR`. Times are",
+        "medians per frame with the stages side by side, so each is longer than alone.",
         "",
         *run_lines(results["run"]),
         "",
