@@ -440,7 +440,7 @@ def test_every_stage_of_a_peer_is_compared(conditions: Conditions) -> None:
     assert (match.counted, match.theirs_count, match.agreement) == ("matches", 2.0, 1.0)
     assert (match.ours_layers, extract.ours_layers) == (2.0, None)
     # Two matches give no pose, which is an outcome like any other.
-    assert (frame.counted, frame.ours_count, frame.agreement) == ("inliers", 0.0, None)
+    assert (frame.counted, frame.ours_count, frame.agreement) == ("matches", 2.0, None)
     # 5 frames for the counts, 3 calls that are not timed, 7 that are: in turn, ours first.
     assert log[:30] == ["ours extract", "theirs extract"] * 15
 

@@ -24,12 +24,15 @@ def machine_lines(results: Sequence[Tree]) -> list[str]:
 
 def _machine_text(result: Tree) -> str:
     machine = result["machine"]
-    parts = [f"{machine['cpu']}, {machine['num_cores']} cores"]
+    threads = "" if machine["num_threads"] is None else f", {machine['num_threads']} of PyTorch's threads"
+    parts = [f"{machine['cpu']}, {machine['num_cores']} cores{threads}"]
     if machine["memory_bytes"] is not None:
         parts.append(f"{machine['memory_bytes'] / 2**30:.0f} GiB")
     parts.append(" ".join(machine["cpu_flags"]))
     if machine["gpu"] is not None:
         parts.append(machine["gpu"])
+    if machine["omp_wait_policy"]:
+        parts.append(f"OMP_WAIT_POLICY={machine['omp_wait_policy']}")
     shown = ("python", "torch", "kornia", "opencv-python", "numpy")
     versions = result.get("versions", {})
     parts.append(", ".join(f"{name} {versions[name]}" for name in shown if name in versions))

@@ -116,7 +116,7 @@ has too. By default ours also spreads the keypoints over the image, and refines 
 the published methods do not; `spread_cell_px=null` and `subpixel=false` switch that off, so that both find the same.
 "frame" is extraction, matching to the previous frame and the relative pose, with the same robust estimation for both.
 "disturbed" is the share of the processors' time that other work took meanwhile: above a few percent, the times are too
-long, and only the ratios mean something. OpenMP runs as PyTorch sets it up.
+long, and only the ratios mean something. OpenMP runs as PyTorch sets it up, unless the machine's line says otherwise.
 """
 
 

@@ -22,7 +22,7 @@ from vo.config import TwoViewConfig
 from vo.frontend import Frontend
 from vo.geometry import estimate_relative_pose, undistort
 from vo.progress import Advance
-from vo.types import Camera, Frame, RelativePose
+from vo.types import Camera, Frame
 
 WARM_UP_CALLS = 3
 _SAME_PLACE_PX = 0.1
@@ -129,7 +129,7 @@ def _compare_frame(conditions: Conditions, peer: Peer, ours: _Chain, theirs: _Ch
     for chain in (ours, theirs):
         chain.begin(conditions.frames[0])
         counts.append(_mean([chain.advance(frame) for frame in conditions.frames[1:]]))
-    return _timed(conditions, "frame", peer, calls(), _Outcome("inliers", (counts[0], counts[1])))
+    return _timed(conditions, "frame", peer, calls(), _Outcome("matches", (counts[0], counts[1])))
 
 
 class _Chain:
@@ -146,7 +146,7 @@ class _Chain:
         self._previous = self._extractor.extract(frame.image)
 
     def advance(self, frame: Frame) -> int:
-        """The number of inliers of the relative pose to the previous frame, 0 where there is none."""
+        """The number of matches to the previous frame; whether they give a pose is not what is measured here."""
         features, previous = self._extractor.extract(frame.image), self._previous
         self._previous = features
         if previous is None:
@@ -154,8 +154,8 @@ class _Chain:
         matches = self._matcher.match(previous, features)
         rays0 = undistort(previous.valid_keypoints()[matches.indices[:, 0]], self._camera)
         rays1 = undistort(features.valid_keypoints()[matches.indices[:, 1]], self._camera)
-        pose = estimate_relative_pose(rays0, rays1, self._camera.focal_px, self._two_view)
-        return int(pose.inliers.sum()) if isinstance(pose, RelativePose) else 0
+        estimate_relative_pose(rays0, rays1, self._camera.focal_px, self._two_view)
+        return len(matches)
 
 
 def _timed(conditions: Conditions, stage: str, peer: Peer, calls: Calls, outcome: _Outcome) -> Comparison:

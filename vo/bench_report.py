@@ -46,7 +46,7 @@ class Comparison:
     stage          extract: image to features; match: two frames' features to matches; frame: both and the relative
                    pose, with the same robust estimation.
     peer           its name, and `description` its version and precision.
-    ours_count, theirs_count   means per call of what `counted` names: keypoints, matches or inliers.
+    ours_count, theirs_count   means per call of what `counted` names: keypoints or matches.
     agreement      share of the peer's keypoints that ours has within 0.1 px, or of its matches that ours has too;
                    None where the two are different methods.
     ours_layers, theirs_layers   means of the layers that matchers ran; None where there are none.
