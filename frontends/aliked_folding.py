@@ -58,32 +58,43 @@ def _flat(x: Tensor) -> Tensor:
 
 
 class FoldedConv2d(nn.Module):
-    """A 3x3 convolution with its batch norm and the constants of the SELUs before and after it in its weights."""
+    """A 3x3 convolution with its batch norm and the constants of the SELUs before and after it in its weights.
+
+    With few output channels most lanes of the CPU's vectors would be idle. So `run` neighbouring pixels are computed
+    as if they were channels, by a kernel wide enough for all of them that moves on by `run` px; the memory of such a
+    channels-last output is that of the plain one.
+    """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d, *, gain: float, shift: float, norm: nn.BatchNorm2d | None = None) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, *, gain: float, shift: float, norm: nn.BatchNorm2d | None = None, run: int = 1
+    ) -> None:
         super().__init__()
         fused = conv if norm is None else fuse_conv_bn_eval(conv, norm)
         bias = torch.zeros(fused.out_channels) if fused.bias is None else fused.bias.detach()
-        weight = (fused.weight.detach() * gain).contiguous(memory_format=torch.channels_last)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias + shift)
+        weight = fused.weight.detach() * gain
+        shifted = [functional.pad(weight, (pixel, run - 1 - pixel)) for pixel in range(run)]
+        self.run = run
+        self.register_buffer("weight", torch.cat(shifted).contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", (bias + shift).repeat(run))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Channels-last (B, C, H, W) -> channels-last (B, D, H, W)."""
-        return convolve(x, self.weight, self.bias).contiguous(memory_format=torch.channels_last)
+        """Channels-last (B, C, H, W) -> channels-last (B, D, H, W), with W a multiple of `run`."""
+        out = convolve(x, self.weight, self.bias, stride=(1, self.run)).contiguous(memory_format=torch.channels_last)
+        batch, _, height, width = x.shape
+        return out.permute(0, 2, 3, 1).view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 3x3 convolution with padding 1, by oneDNN on the CPU where there is one.
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:
+    """A convolution with padding 1, by oneDNN on the CPU where there is one.
 
     PyTorch's own choice on a single thread is a slower one, which unfolds the input.
     """
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return torch.mkldnn_convolution(x, weight, bias, (1, 1), (1, 1), (1, 1), 1)
-    return functional.conv2d(x, weight, bias, padding=1)
+        return torch.mkldnn_convolution(x, weight, bias, (1, 1), stride, (1, 1), 1)
+    return functional.conv2d(x, weight, bias, stride=stride, padding=1)
 
 
 class FoldedLinear(nn.Module):

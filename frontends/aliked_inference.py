@@ -26,6 +26,7 @@ from frontends.aliked_layout import Layout, create_layout
 from frontends.aliked_network import BLOCK_STRIDES, AlikedNetwork, DeformableConv2d, ResidualBlock
 from frontends.aliked_sampling import as_map, as_table, weighted_rows
 
+_VECTOR_LANES = 16  # float32 values in a vector of the CPU
 _HEAP_BYTES = 31 << 20  # just below the most that glibc's allocator adapts to
 
 
@@ -52,8 +53,10 @@ class AlikedInference(nn.Module):
         selu = FoldedSelu.for_device(device)
         gain, shift = selu.gain, selu.input_shift
         self.device, self.selu = device, selu
-        self.block1_conv1 = FoldedConv2d(network.block1.conv1, gain=1.0, shift=shift, norm=network.block1.bn1)
-        self.block1_conv2 = FoldedConv2d(network.block1.conv2, gain=gain, shift=shift, norm=network.block1.bn2)
+        block1 = network.block1
+        run = run_of(block1.conv1, device)
+        self.block1_conv1 = FoldedConv2d(block1.conv1, gain=1.0, shift=shift, norm=block1.bn1, run=run)
+        self.block1_conv2 = FoldedConv2d(block1.conv2, gain=gain, shift=shift, norm=block1.bn2, run=run)
         self.block2 = FoldedResidualBlock(network.block2, selu, input_gain=0.25)  # of sums over four pixels
         self.block3 = FoldedResidualBlock(network.block3, selu)
         self.block4 = FoldedResidualBlock(network.block4, selu)
@@ -66,8 +69,9 @@ class AlikedInference(nn.Module):
         # Upsampling keeps constants, so that the coarsest logits can carry the shift of the sum of all four.
         parts = zip(coarse, (0.0, 0.0, shift), strict=True)
         self.coarse_logits = nn.ModuleList([FoldedLinear(part, gain=gain, shift=own) for part, own in parts])
-        self.score_convs = nn.ModuleList([FoldedConv2d(conv, gain=gain, shift=shift) for conv in middle])
-        self.score_last = FoldedConv2d(last, gain=gain, shift=0.0)
+        score_convs = [FoldedConv2d(conv, gain=gain, shift=shift, run=run_of(conv, device)) for conv in middle]
+        self.score_convs = nn.ModuleList(score_convs)
+        self.score_last = FoldedConv2d(last, gain=gain, shift=0.0, run=run_of(last, device))
         self.head = FoldedDescriptorHead(network.desc_head, selu)
         self.to(device)
         if device.type == "cpu":
@@ -162,6 +166,11 @@ def fold(conv: nn.Module, norm: nn.BatchNorm2d, *, gain: float, shift: float) ->
     if isinstance(conv, nn.Conv2d):
         return FoldedConv2d(conv, gain=gain, shift=shift, norm=norm)
     raise TypeError(f"conv: expected a convolution, got {type(conv).__name__}")
+
+
+def run_of(conv: nn.Conv2d, device: torch.device) -> int:
+    """Pixels that a full-resolution convolution on the device computes at a time; divides STRIDE."""
+    return max(1, _VECTOR_LANES // conv.out_channels) if device.type == "cpu" else 1
 
 
 def sum_two_by_two(x: Tensor) -> Tensor:
