@@ -6,7 +6,10 @@ python tools/draw_overview.py demo --frame 90 --output docs/overview.png
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is loaded: its threads would compete with torch's
 
 import cv2
 import numpy as np
