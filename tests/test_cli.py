@@ -365,8 +365,9 @@ def test_camera_file_of_another_size(drive: Path, tmp_path: Path, capfd: pytest.
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threaded", ["true", "false"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("threaded", "number"), [("true", signal.SIGINT), ("true", signal.SIGTERM), ("false", signal.SIGINT)]
+)
 def test_interrupt_writes_what_was_computed(drive: Path, tmp_path: Path, threaded: str, number: signal.Signals) -> None:
     output = tmp_path / "out"
     # Paced, so that the run is certain to be in the middle when the signal comes.
