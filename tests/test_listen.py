@@ -188,7 +188,9 @@ def test_wrong_topics_and_addresses_are_one_line() -> None:
 
 
 def start(publisher: Publisher) -> subprocess.Popen[str]:
-    code = f"from vo.listen import listen; print(listen({publisher.endpoint!r}).is_interrupted, flush=True)"
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: a terminal would not.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from vo.listen import listen; "
+    code += f"print(listen({publisher.endpoint!r}).is_interrupted, flush=True)"
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
