@@ -34,7 +34,17 @@ from vo.geometry import (
     undistort,
 )
 from vo.tracks import TrackTable
-from vo.types import Camera, FloatArray, Frame, FrameTracks, PoseEstimate, Rejection, RelativePose, TrackingStatus
+from vo.types import (
+    Camera,
+    FloatArray,
+    Frame,
+    FrameTracks,
+    MapUpdate,
+    PoseEstimate,
+    Rejection,
+    RelativePose,
+    TrackingStatus,
+)
 from vo.window import View, Window, shared_rows
 
 IntArray = NDArray[np.int64]
@@ -46,11 +56,14 @@ _UNKNOWN_TRANSLATION = np.diag([1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4])
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OdometryStep:
-    """Everything one frame gave: its pose, its tracks, and the matches to the previous good frame if any were made."""
+    """Everything one frame gave: its pose, its tracks, the matches to the previous good frame if any were made, and
+    what the window corrected since the last frame.
+    """
 
     pose: PoseEstimate
     tracks: FrameTracks
     matches: Matches | None = None
+    map_update: MapUpdate | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

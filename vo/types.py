@@ -21,6 +21,7 @@ __all__ = [
     "ConfigError",
     "Frame",
     "FrameTracks",
+    "MapUpdate",
     "PoseEstimate",
     "Rejection",
     "RelativePose",
@@ -236,3 +237,40 @@ class PoseEstimate:
             _checked("covariance", self.covariance, (6, 6), np.float64)
         if self.T_world_camera is None and self.status is not TrackingStatus.LOST:
             raise ValueError(f"T_world_camera: a frame that is {self.status.value} must have a pose")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MapUpdate:
+    """What the window has learned anew: corrected keyframes and landmarks. Poses already published stay as they are.
+
+    frame_index, timestamp_ns    the frame with whose step the update came out.
+    segment_id, scale_source     of the map it belongs to, as in `PoseEstimate`.
+    keyframe_indices             (K,) int64 frame indices of the keyframes it moves or adds, rising.
+    keyframe_timestamps_ns       (K,) int64.
+    T_world_keyframes            (K, 4, 4) float64, where they are now; replaces what was said of them before.
+    landmark_ids                 (L,) int64 ids of the tracks whose points it moves or adds, rising.
+    landmarks                    (L, 3) float64 in the world and its scale.
+    landmark_colors              (L, 3) uint8 RGB of the image where the point was first seen; gray images repeat.
+    removed_landmark_ids         (D,) int64 tracks whose point proved wrong.
+    """
+
+    frame_index: int
+    timestamp_ns: int
+    segment_id: int
+    scale_source: str
+    keyframe_indices: NDArray[np.int64]
+    keyframe_timestamps_ns: NDArray[np.int64]
+    T_world_keyframes: FloatArray
+    landmark_ids: NDArray[np.int64]
+    landmarks: FloatArray
+    landmark_colors: NDArray[np.uint8]
+    removed_landmark_ids: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        _checked("keyframe_indices", self.keyframe_indices, (None,), np.int64)
+        _checked("keyframe_timestamps_ns", self.keyframe_timestamps_ns, (len(self.keyframe_indices),), np.int64)
+        _checked("T_world_keyframes", self.T_world_keyframes, (len(self.keyframe_indices), 4, 4), np.float64)
+        _checked("landmark_ids", self.landmark_ids, (None,), np.int64)
+        _checked("landmarks", self.landmarks, (len(self.landmark_ids), 3), np.float64)
+        _checked("landmark_colors", self.landmark_colors, (len(self.landmark_ids), 3), np.uint8)
+        _checked("removed_landmark_ids", self.removed_landmark_ids, (None,), np.int64)
