@@ -18,7 +18,7 @@ LAYERS = (
     {"vo.config_loader", "vo.messages", "vo.sequences", "vo.sources", "vo.tracks", "vo.bundle", "vo.trajectory"},
     {"vo.window", "vo.inbox", "vo.evaluation", "vo.plots", "vo.summary"},
     {"vo.odometry", "vo.publisher", "vo.recorder", "vo.frontend"},
-    {"vo.run_meter", "vo.listen"},
+    {"vo.run_meter", "vo.listen", "vo.eval_runs", "vo.eval_report", "vo.eval_command"},
     {"vo.stages", "vo.progress", "vo.doctor"},
     {"vo.pipeline"},
     {"vo.run_report"},

@@ -459,11 +459,16 @@ def test_eval(drive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "ate_rmse_m",
         "rpe_rot_deg",
         "rpe_trans_m",
+        "rpe_distance_m",
+        "rpe_distance_rot_deg",
+        "rpe_distance_trans_m",
         "kitti_t_err_percent",
         "kitti_r_err_deg_per_100m",
         "coverage",
         "scale",
         "num_poses",
+        "lost_episodes",
+        "latency_ms",
     }
     assert (figures["coverage"], figures["num_poses"]) == (1.0, NUM_FRAMES)
     in_run = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]

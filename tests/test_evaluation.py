@@ -11,7 +11,6 @@ import zipfile
 from itertools import pairwise
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,14 +23,13 @@ from vo.evaluation import (
     Align,
     associate,
     compare,
+    distance_of_stretches,
     evaluate,
     evaluation_json,
     format_evaluation,
     mutual_nearest,
     segment_errors,
-    write_report,
 )
-from vo.output import OutputError
 from vo.plots import errors_figure, path_figure, segments_figure
 from vo.trajectory import Trajectory, read_trajectory, write_euroc, write_kitti, write_tum
 from vo.types import FloatArray, SourceError
@@ -83,6 +81,14 @@ def test_agreement_with_evo_on_tum_files(tmp_path: Path, align: Align) -> None:
     relative, arrays = run_evo(tmp_path, "evo_rpe", *files, "--pose_relation", "trans_part", "--delta", "1")
     assert result.evaluation.rpe_trans_m == pytest.approx(relative["rmse"], abs=1e-6)
     assert_allclose(result.translation_errors_m, arrays["error_array"], atol=1e-6)
+    assert result.evaluation.rpe_distance_m == 10.0
+    if align != "sim3":
+        return
+    by_way = ["-d", "10", "-u", "m", "--pairs_from_reference"]
+    relative, _ = run_evo(tmp_path, "evo_rpe", *files, "-r", "trans_part", *by_way)
+    assert result.evaluation.rpe_distance_trans_m == pytest.approx(relative["rmse"], abs=1e-6)
+    relative, _ = run_evo(tmp_path, "evo_rpe", *files, "-r", "angle_deg", *by_way)
+    assert result.evaluation.rpe_distance_rot_deg == pytest.approx(relative["mean"], abs=1e-6)
 
 
 def test_agreement_with_evo_on_rotation_and_other_formats(tmp_path: Path) -> None:
@@ -162,6 +168,14 @@ def test_kitti_metric_of_a_known_error() -> None:
     assert_allclose(errors.t_err_percent, expected, rtol=1e-9)
     assert_allclose(errors.r_err_deg_per_100m, (errors.lengths_m + 1) / errors.lengths_m, rtol=1e-9)
     assert errors.first_rows[errors.lengths_m == 200.0].tolist() == list(range(0, 99, 10))
+
+
+@pytest.mark.parametrize(
+    ("path_length_m", "expected_m"),
+    [(0.0, None), (1e-7, None), (1.0, 0.1), (4.0, 0.1), (99.9, 1.0), (100.0, 10.0), (999.0, 10.0), (5e4, 100.0)],
+)
+def test_the_stretches_fit_into_the_path_ten_times(path_length_m: float, expected_m: float | None) -> None:
+    assert distance_of_stretches(path_length_m) == (None if expected_m is None else pytest.approx(expected_m))
 
 
 numbers = st.floats(-5.0, 5.0, allow_subnormal=False)
@@ -295,29 +309,14 @@ def test_json_has_exactly_the_promised_keys() -> None:
     result = evaluate(timed(disturbed(truth.T_world_camera), "out/trajectory_tum.txt"), truth)
     tree = json.loads(evaluation_json(result))
     assert list(tree) == [
-        *("ate_rmse_m", "rpe_rot_deg", "rpe_trans_m", "kitti_t_err_percent", "kitti_r_err_deg_per_100m"),
+        *("ate_rmse_m", "rpe_rot_deg", "rpe_trans_m", "rpe_distance_m", "rpe_distance_rot_deg"),
+        *("rpe_distance_trans_m", "kitti_t_err_percent", "kitti_r_err_deg_per_100m"),
         *("coverage", "scale", "num_poses"),
     ]
     assert tree["ate_rmse_m"] == result.ate_rmse_m and tree["num_poses"] == 120
     text = format_evaluation(result)
     for part in ("out/trajectory_tum.txt", f"{result.ate_rmse_m:.4g} m", "100.0 %", "segments of 100 m"):
         assert part in text
-
-
-def test_the_report_holds_every_figure(tmp_path: Path) -> None:
-    trajectory, truth = uneven_pair()
-    result = compare(trajectory, truth)
-    paths = write_report(result, tmp_path / "a" / "report")
-    assert [path.name for path in paths] == ["evaluation.json", "path.png", "errors.png", "segments.png"]
-    tree = json.loads(paths[0].read_text())
-    assert tree["segment_lengths_m"] == list(result.evaluation.segment_lengths_m) and tree["align"] == "sim3"
-    for path in paths[1:]:
-        image = cv2.imread(str(path))
-        assert image is not None and min(image.shape[:2]) > 400 and image.std() > 5
-    first = [path.read_bytes() for path in paths]
-    assert [path.read_bytes() for path in write_report(result, tmp_path / "a" / "report")] == first
-    with pytest.raises(OutputError, match=r"path.png: cannot write"):
-        write_report(result, paths[1])
 
 
 def test_figures_show_the_path_with_equal_axes_and_every_error() -> None:
@@ -335,6 +334,10 @@ def test_figures_show_the_path_with_equal_axes_and_every_error() -> None:
     assert_array_equal(curves[0], result.position_errors_m)
     assert_array_equal(curves[1], result.rotation_errors_deg)
     assert_array_equal(curves[2], result.translation_errors_m)
+    drift = segments_figure(result.segments, result.distances_m)
+    drawn = sum(len(line.get_xdata()) for line in drift.axes[1].lines)
+    assert len(drift.axes) == 4 and drawn == len(result.segments)
+    assert drift.axes[1].lines[0].get_xdata()[1] == result.distances_m[10]
     means = segments_figure(result.segments).axes[0].lines[1].get_ydata()
     assert np.mean(means) == pytest.approx(
         np.mean([result.segments.t_err_percent[result.segments.lengths_m == m].mean() for m in {100.0, 200.0}])
@@ -346,10 +349,12 @@ def test_nothing_is_printed_and_nothing_is_left_in_the_home_directory(tmp_path: 
     home = tmp_path / "home"
     home.mkdir()
     code = (
-        "import sys; from pathlib import Path; from vo.evaluation import *; from vo.trajectory import read_trajectory\n"
-        "truth = read_trajectory(Path('truth.txt')); result = compare(truth, truth)\n"
+        "import sys; from pathlib import Path\n"
+        "from vo.eval_report import write_report; from vo.eval_runs import evaluate_run\n"
+        "from vo.trajectory import read_trajectory\n"
+        "run = evaluate_run(Path('truth.txt'), read_trajectory(Path('truth.txt')))\n"
         "assert 'matplotlib' not in sys.modules, 'matplotlib is imported before a figure is drawn'\n"
-        "write_report(result, Path('report'))\n"
+        "write_report([run], Path('report'))\n"
         "assert not [name for name in sys.modules if name.startswith(('evo.tools', 'matplotlib.pyplot'))]\n"
     )
     environment = {

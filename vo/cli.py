@@ -114,11 +114,28 @@ def _add_listen(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = commands.add_parser("eval", help="measure a trajectory against the truth")
-    parser.add_argument("trajectory", metavar="TRAJECTORY", type=Path, help="TUM, KITTI or EuRoC file")
+    parser = commands.add_parser("eval", help="measure trajectories against the truth")
+    parser.add_argument(
+        "trajectory",
+        metavar="TRAJECTORY",
+        type=Path,
+        nargs="+",
+        help="TUM, KITTI or EuRoC file, of any system, or an output directory of vo run; several are runs of the same",
+    )
     parser.add_argument("--truth", metavar="F", type=Path, required=True, help="file with the true poses")
-    parser.add_argument("--align", choices=("sim3", "se3", "none"), default="sim3", help="default: %(default)s")
-    parser.add_argument("--report", metavar="DIR", type=Path, help="write figures and plots there")
+    parser.add_argument("--truth-times", metavar="F", type=Path, help="times of a KITTI truth, s (default: beside it)")
+    parser.add_argument("--truth-sensor", metavar="F", type=Path, help="sensor.yaml of the camera, for an EuRoC truth")
+    parser.add_argument(
+        "--align", choices=("sim3", "se3", "scale", "none"), default="sim3", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-time-difference-s",
+        metavar="S",
+        type=_seconds,
+        default=0.01,
+        help="of poses that pair up (default: 0.01)",
+    )
+    parser.add_argument("--report", metavar="DIR", type=Path, help="write report.html, figures and plots there")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
     parser.set_defaults(command=_eval)
 
@@ -206,14 +223,20 @@ def _listen(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from vo.evaluation import compare, evaluation_json, format_evaluation, write_report
-    from vo.trajectory import read_trajectory
+    from vo.eval_command import EvalRequest, eval_command
 
-    comparison = compare(read_trajectory(options.trajectory), read_trajectory(options.truth), options.align)
-    if options.report is not None:
-        write_report(comparison, options.report)
-    print(evaluation_json(comparison.evaluation) if options.json else format_evaluation(comparison.evaluation))
-    return 0
+    return eval_command(
+        EvalRequest(
+            trajectories=tuple(options.trajectory),
+            truth=options.truth,
+            align=options.align,
+            max_time_difference_s=options.max_time_difference_s,
+            truth_times=options.truth_times,
+            truth_sensor=options.truth_sensor,
+            report=options.report,
+            is_json=options.json,
+        )
+    )
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -319,6 +342,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected zero or more seconds, got {text}")
     return value
 
 

@@ -14,6 +14,10 @@ ATE           distance of the aligned position to the true one (Sturm et al. 201
 RPE           the motion from each pose to the next against the true motion (Sturm et al. 2012, section IV):
               E = (Q_i^-1 Q_i+1)^-1 (P_i^-1 P_i+1) with the truth Q and the aligned estimate P. Its rotation angle, as
               the mean in deg, and its translation, as the RMSE in m; the latter depends on the scale of the alignment.
+RPE by way    the same error over stretches of the true path: each ends at the first pose that is at least the distance
+              away along it, and the next one begins there (evo_rpe with -u m --pairs_from_reference). The distance is
+              the largest power of ten, in m, that the path holds ten times; translation as RMSE in m, rotation as mean
+              in deg, over each stretch.
 KITTI         relative errors over segments of the true path (Geiger et al. 2012, section 3.1): from every 10th pose on
               to the first one that is more than the length away along the path; translation in percent of the length
               and rotation in deg per 100 m, means over all segments of all lengths. Lengths are 100, 200, ... 800 m;
@@ -28,8 +32,8 @@ coverage      associated poses / frames that could have had one. These are the f
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -38,8 +42,6 @@ from evo.core.trajectory import PosePath3D
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from vo.output import prepare_directory, write_atomically
-from vo.plots import errors_figure, figure_png, path_figure, segments_figure
 from vo.trajectory import Trajectory
 from vo.types import FloatArray, SourceError
 
@@ -50,6 +52,8 @@ DEFAULT_MAX_TIME_DIFFERENCE_S = 0.01
 _KITTI_LENGTHS_M = tuple(100.0 * count for count in range(1, 9))
 _KITTI_STEP = 10
 _SHORTEST_POWER = 6  # the shortest segments are 0.1 mm
+_LONGEST_DISTANCE_M = 100.0
+_STRETCHES_OF_A_PATH = 10
 _MIN_POSES = 3
 _MIN_SECOND_DIRECTION = 1e-12
 _MIN_COVARIANCE_M2 = 1e-15
@@ -60,6 +64,9 @@ _JSON_KEYS = (
     "ate_rmse_m",
     "rpe_rot_deg",
     "rpe_trans_m",
+    "rpe_distance_m",
+    "rpe_distance_rot_deg",
+    "rpe_distance_trans_m",
     "kitti_t_err_percent",
     "kitti_r_err_deg_per_100m",
     "coverage",
@@ -79,6 +86,7 @@ class Evaluation:
     path_length_m          of the truth over the associated poses.
     segment_lengths_m      of the KITTI metric, those that occurred, with `num_segments` segments in all.
     notes                  what a reader must know to read the figures right, one sentence each.
+    rpe_distance_*         over stretches of `rpe_distance_m` of the true path; None where the truth does not move.
     """
 
     ate_rmse_m: float
@@ -99,6 +107,9 @@ class Evaluation:
     trajectory_name: str
     truth_name: str
     notes: tuple[str, ...]
+    rpe_distance_m: float | None = None
+    rpe_distance_rot_deg: float | None = None
+    rpe_distance_trans_m: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +149,7 @@ class Comparison:
     rows, truth_rows   (N,) int64: the associated poses in `trajectory` and in `truth`, rising.
     position_errors_m  (N,) distance after alignment.
     rotation_errors_deg, translation_errors_m   (N - 1,) of the motion from each associated pose to the next.
+    distances_m        (N,) way of the truth up to each associated pose.
     segments           of the KITTI metric.
     evaluation         the figures.
     """
@@ -150,6 +162,7 @@ class Comparison:
     position_errors_m: FloatArray
     rotation_errors_deg: FloatArray
     translation_errors_m: FloatArray
+    distances_m: FloatArray
     segments: SegmentErrors
     evaluation: Evaluation
 
@@ -175,10 +188,12 @@ def compare(
     *,
     max_time_difference_s: float = DEFAULT_MAX_TIME_DIFFERENCE_S,
     frame_timestamps_ns: NDArray[np.int64] | None = None,
+    num_expected_poses: int | None = None,
 ) -> Comparison:
     """Associate, align and measure, as the module's docstring defines it.
 
     frame_timestamps_ns  (F,) int64, rising: every frame that was processed, for an exact coverage.
+    num_expected_poses   that coverage is relative to, where the caller knows it already.
 
     Raises SourceError where the two share fewer than three poses or cannot be associated at all.
     """
@@ -186,13 +201,12 @@ def compare(
     rows, truth_rows = associate(trajectory, truth, max_difference_ns)
     true_poses = PosePath3D(poses_se3=list(truth.T_world_camera[truth_rows]))
     poses, alignment = _aligned(trajectory.T_world_camera[rows], true_poses, align)
-    absolute = APE(PoseRelation.translation_part)
-    rotation = RPE(PoseRelation.rotation_angle_deg, 1, Unit.frames)
-    translation = RPE(PoseRelation.translation_part, 1, Unit.frames)
-    for metric in (absolute, rotation, translation):
-        metric.process_data((true_poses, poses))
+    absolute = _measured(APE(PoseRelation.translation_part), true_poses, poses)
+    rotation = _measured(RPE(PoseRelation.rotation_angle_deg, 1, Unit.frames), true_poses, poses)
+    translation = _measured(RPE(PoseRelation.translation_part, 1, Unit.frames), true_poses, poses)
+    distance_m, distance_rot_deg, distance_trans_m = _errors_by_distance(true_poses, poses)
     segments = segment_errors(np.array(poses.poses_se3), np.array(true_poses.poses_se3))
-    num_expected = _num_expected(trajectory, truth, frame_timestamps_ns, max_difference_ns)
+    num_expected = num_expected_poses or _num_expected(trajectory, truth, frame_timestamps_ns, max_difference_ns)
     lengths_m = tuple(float(length) for length in np.unique(segments.lengths_m))
     evaluation = Evaluation(
         ate_rmse_m=float(absolute.get_statistic(StatisticsType.rmse)),
@@ -213,6 +227,9 @@ def compare(
         trajectory_name=trajectory.name,
         truth_name=truth.name,
         notes=_notes(trajectory, truth, align, alignment, true_poses.positions_xyz, lengths_m),
+        rpe_distance_m=distance_m,
+        rpe_distance_rot_deg=distance_rot_deg,
+        rpe_distance_trans_m=distance_trans_m,
     )
     return Comparison(
         trajectory,
@@ -223,6 +240,7 @@ def compare(
         absolute.error,
         rotation.error,
         translation.error,
+        np.asarray(true_poses.distances, np.float64),
         segments,
         evaluation,
     )
@@ -298,28 +316,45 @@ def format_evaluation(evaluation: Evaluation) -> str:
         f"alignment     {e.align}, scale {e.scale:.6g}",
         f"ATE           {e.ate_rmse_m:.4g} m RMSE over {e.num_poses} poses, path {e.path_length_m:.1f} m",
         f"RPE           {e.rpe_rot_deg:.4g} deg mean, {e.rpe_trans_m:.4g} m RMSE from pose to pose",
+        f"RPE by way    {_format_distance(e)}",
         f"KITTI         {_format_kitti(e)}",
         f"coverage      {100 * e.coverage:.1f} %, {e.num_poses} of {e.num_expected_poses} poses",
     ]
     return "\n".join([*lines, *(f"note          {note}" for note in e.notes)])
 
 
-def write_report(comparison: Comparison, report_dir: Path) -> tuple[Path, ...]:
-    """Writes evaluation.json (all of `Evaluation`), path.png, errors.png and, where there are segments, segments.png.
+def _measured(metric: APE | RPE, true_poses: PosePath3D, poses: PosePath3D) -> APE | RPE:
+    metric.process_data((true_poses, poses))
+    return metric
 
-    Returns the files. Raises OutputError where one cannot be written.
-    """
-    prepare_directory(report_dir)
-    contents: dict[str, str | bytes] = {
-        "evaluation.json": json.dumps(asdict(comparison.evaluation), indent=2, allow_nan=False) + "\n",
-        "path.png": figure_png(path_figure(comparison.trajectory, comparison)),
-        "errors.png": figure_png(errors_figure(comparison)),
-    }
-    if len(comparison.segments):
-        contents["segments.png"] = figure_png(segments_figure(comparison.segments))
-    for name, content in contents.items():
-        write_atomically(report_dir / name, content)
-    return tuple(report_dir / name for name in contents)
+
+def distance_of_stretches(path_length_m: float) -> float | None:
+    """The largest power of ten, in m and at most 100, that a path holds ten times; None for a path of no length."""
+    longest_m = min(path_length_m / _STRETCHES_OF_A_PATH, _LONGEST_DISTANCE_M)
+    if longest_m < 10.0**-_SHORTEST_POWER:
+        return None
+    power = math.floor(math.log10(longest_m) + 1e-9)
+    return float(10.0**power)
+
+
+def _errors_by_distance(
+    true_poses: PosePath3D, poses: PosePath3D
+) -> tuple[float, float, float] | tuple[None, None, None]:
+    """Distance, mean rotation in deg and RMSE of translation in m over stretches of the true path."""
+    distance_m = distance_of_stretches(float(true_poses.path_length))
+    if distance_m is None:
+        return None, None, None
+
+    def metric(relation: PoseRelation) -> RPE:
+        return RPE(relation, distance_m, Unit.meters, pairs_from_reference=True)
+
+    rotation = _measured(metric(PoseRelation.rotation_angle_deg), true_poses, poses)
+    translation = _measured(metric(PoseRelation.translation_part), true_poses, poses)
+    return (
+        distance_m,
+        float(rotation.get_statistic(StatisticsType.mean)),
+        float(translation.get_statistic(StatisticsType.rmse)),
+    )
 
 
 def _aligned(T_world_camera: FloatArray, true_poses: PosePath3D, align: Align) -> tuple[PosePath3D, Alignment]:
@@ -418,6 +453,13 @@ def _nearest(times0: NDArray[np.int64], times1: NDArray[np.int64]) -> NDArray[np
 def _time_range(trajectory: Trajectory) -> str:
     first, last = trajectory.timestamps_ns[[0, -1]] / 1e9
     return f"{first:.3f} to {last:.3f} s"
+
+
+def _format_distance(evaluation: Evaluation) -> str:
+    e = evaluation
+    if e.rpe_distance_m is None:
+        return "none: the truth does not move"
+    return f"{e.rpe_distance_rot_deg:.4g} deg mean, {e.rpe_distance_trans_m:.4g} m RMSE per {e.rpe_distance_m:g} m"
 
 
 def _format_kitti(evaluation: Evaluation) -> str:

@@ -79,22 +79,43 @@ def errors_figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def segments_figure(segments: SegmentErrors) -> Figure:
-    """Drift by length of segment: translation in percent and rotation in deg per 100 m; means over single segments."""
-    figure = _figure(8.0, 6.0)
+def segments_figure(segments: SegmentErrors, distances_m: FloatArray | None = None) -> Figure:
+    """Drift: translation in percent and rotation in deg per 100 m, by length of segment, means over single segments.
+
+    distances_m  (N,) way of the truth up to each pose: draws every segment where it begins, too.
+    """
+    figure = _figure(8.0 if distances_m is None else 12.0, 6.0)
+    num_columns = 1 if distances_m is None else 2
     lengths_m = np.unique(segments.lengths_m)
     values = ((segments.t_err_percent, "translation (%)"), (segments.r_err_deg_per_100m, "rotation (deg / 100 m)"))
-    for number, (errors, name) in enumerate(values, start=1):
-        axes = figure.add_subplot(2, 1, number)
+    for row, (errors, name) in enumerate(values):
+        axes = figure.add_subplot(2, num_columns, row * num_columns + 1)
         means = [errors[segments.lengths_m == length].mean() for length in lengths_m]
         axes.plot(segments.lengths_m, errors, ".", color=_TRUTH, markersize=3.0, label="segment")
         axes.plot(lengths_m, means, "o-", color=_ESTIMATE, label="mean")
-        axes.set_ylabel(name)
-        axes.set_ylim(bottom=0.0)
-        axes.grid(alpha=0.3)
         axes.legend(loc="best")
-    axes.set_xlabel("length of the segment (m)")
+        _finish_drift(axes, name, "length of the segment (m)")
+        if distances_m is not None:
+            _draw_drift_along(figure.add_subplot(2, 2, 2 * row + 2), segments, errors, distances_m, name)
     return figure
+
+
+def _draw_drift_along(
+    axes: Axes, segments: SegmentErrors, errors: FloatArray, distances_m: FloatArray, name: str
+) -> None:
+    for number, length_m in enumerate(np.unique(segments.lengths_m)):
+        chosen = segments.lengths_m == length_m
+        starts_m = distances_m[segments.first_rows[chosen]]
+        axes.plot(starts_m, errors[chosen], ".-", color=f"C{number}", linewidth=0.8, label=f"{length_m:g} m")
+    axes.legend(loc="best", fontsize="small", ncols=2)
+    _finish_drift(axes, name, "way before the segment (m)")
+
+
+def _finish_drift(axes: Axes, name: str, label: str) -> None:
+    axes.set_ylabel(name)
+    axes.set_xlabel(label)
+    axes.set_ylim(bottom=0.0)
+    axes.grid(alpha=0.3)
 
 
 def figure_png(figure: Figure) -> bytes:
