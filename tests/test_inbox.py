@@ -26,9 +26,9 @@ class Run:
         self.state = RunState.RUNNING
 
     def pose(self) -> bytes:
-        index = self.history.num_added
+        index = self.history.end_sequence
         pose = PoseEstimate(index, index * 1000, None, TrackingStatus.LOST)
-        self.history.add(self._encoded(Topic.POSE, index, pose, index))
+        self.history.add(self._encoded(Topic.POSE, index, pose, index), index)
         return self.history.take(index, 1, 1)[0]
 
     def tracks(self) -> bytes:
@@ -41,7 +41,7 @@ class Run:
 
     def status(self, state: RunState = RunState.RUNNING) -> bytes:
         self.state = state
-        num_sent = {Topic.POSE: self.history.num_added, Topic.TRACKS: self.num_tracks}
+        num_sent = {Topic.POSE: self.history.end_sequence, Topic.TRACKS: self.num_tracks}
         self.num_statuses += 1
         return self._encoded(Topic.STATUS, self.num_statuses - 1, StatusReport(state, num_sent=num_sent), None)
 
@@ -49,7 +49,7 @@ class Run:
         assert request.kind is RequestKind.SNAPSHOT
         messages = self.history.take(request.first_sequence, max_messages, 10**6)
         history = self.history
-        body = Snapshot(request.topic, history.oldest_sequence, history.num_added, self.state, messages)
+        body = Snapshot(request.topic, history.oldest_sequence, history.end_sequence, self.state, messages)
         return self._encoded(Topic.SNAPSHOT, 0, body, None)
 
     def _encoded(self, topic: Topic, sequence: int, body: Body, index: int | None) -> bytes:
@@ -83,15 +83,18 @@ def test_history_keeps_the_last_messages(
 ) -> None:
     history = History(capacity)
     messages = [bytes([i]) * (1 + i % 5) for i in range(num_added)]
-    for message in messages:
-        history.add(message)
-    assert (history.num_added, history.oldest_sequence) == (num_added, max(0, num_added - capacity))
+    for sequence, message in enumerate(messages):
+        history.add(message, sequence)
+    assert (history.end_sequence, history.oldest_sequence) == (num_added, max(0, num_added - capacity))
     expected: list[bytes] = []
     for message in messages[max(first_sequence, history.oldest_sequence) :]:
         if expected and (len(expected) == max_messages or sum(map(len, expected)) + len(message) > max_bytes):
             break
         expected.append(message)
     assert list(history.take(first_sequence, max_messages, max_bytes)) == expected
+    history.add(b"after a gap", num_added + 3)
+    assert (history.oldest_sequence, history.end_sequence) == (num_added + 3, num_added + 4)
+    assert history.take(first_sequence, 10, 100) == ((b"after a gap",) if first_sequence <= num_added + 3 else ())
     with pytest.raises(ValueError, match="capacity"):
         History(0)
 
@@ -338,7 +341,7 @@ def test_malformed_bytes_are_counted() -> None:
     inbox.accept_answer(b"", 0.0)
     assert inbox.num_malformed == 2 and inbox.last_error is not None and inbox.last_heard_s is None
     other = Run("b")
-    run.history.add(other.pose())
+    run.history.add(other.pose(), 0)
     inbox.accept_answer(run.answer(Request(RequestKind.SNAPSHOT)), 0.0)
     assert inbox.num_malformed == 3, "a pose of another session in a snapshot"
     with pytest.raises(ValueError, match="topics"):

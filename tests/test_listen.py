@@ -18,6 +18,7 @@ import pytest
 
 from vo.config import PublisherConfig
 from vo.listen import ListenCounts, as_json_line, as_text_line, listen
+from vo.message_stream import MessageStream
 from vo.messages import Body, Header, Message, RunState, Snapshot, StatusReport, Topic
 from vo.publisher import Publisher
 from vo.types import Camera, ConfigError, FrameTracks, PoseEstimate, Rejection, TrackingStatus
@@ -42,7 +43,7 @@ def a_message(topic: Topic, body: Body, index: int = 1) -> Message:
 
 @pytest.fixture
 def publisher() -> Iterator[Publisher]:
-    with Publisher(ANY_PORT, CAMERA) as publisher:
+    with Publisher(ANY_PORT, MessageStream(CAMERA, heartbeat_hz=50.0)) as publisher:
         yield publisher
 
 
@@ -51,8 +52,8 @@ def in_thread(publisher: Publisher, num_poses: int) -> threading.Thread:
 
     def run() -> None:
         for index in range(num_poses, 2 * num_poses):
-            publisher.publish_pose(a_pose(index))
-            publisher.publish_tracks(some_tracks(index))
+            publisher.stream.publish_pose(a_pose(index))
+            publisher.stream.publish_tracks(some_tracks(index))
         publisher.close()
 
     thread = threading.Thread(target=run)
@@ -74,7 +75,7 @@ def some_tracks(index: int) -> FrameTracks:
 def test_every_pose_of_the_run_as_json(publisher: Publisher, capsys: pytest.CaptureFixture[str]) -> None:
     """It starts in the middle of the run, and ends by itself with the run."""
     for index in range(300):
-        publisher.publish_pose(a_pose(index))
+        publisher.stream.publish_pose(a_pose(index))
     thread = in_thread(publisher, 300)
     stream = io.StringIO()
     counts = listen(publisher.endpoint, as_json=True, until_finished=True, timeout_s=PATIENCE_S, stream=stream)
@@ -140,7 +141,7 @@ def test_every_topic_as_json() -> None:
 
 def test_stops_after_so_many_messages_or_so_much_silence(publisher: Publisher) -> None:
     for index in range(10):
-        publisher.publish_pose(a_pose(index))
+        publisher.stream.publish_pose(a_pose(index))
     stream = io.StringIO()
     assert listen(publisher.endpoint, max_messages=4, stream=stream).num_messages == 4
     assert len(stream.getvalue().splitlines()) == 4
@@ -151,9 +152,9 @@ def test_stops_after_so_many_messages_or_so_much_silence(publisher: Publisher) -
 
 
 def test_losses_and_restarts_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    first = Publisher(dataclasses.replace(ANY_PORT, max_snapshot_poses=5), CAMERA)
+    first = Publisher(dataclasses.replace(ANY_PORT, max_snapshot_poses=5), MessageStream(CAMERA, heartbeat_hz=50.0))
     for index in range(8):
-        first.publish_pose(a_pose(index))
+        first.stream.publish_pose(a_pose(index))
 
     stream, is_done = io.StringIO(), threading.Event()
 
@@ -162,8 +163,11 @@ def test_losses_and_restarts_are_reported(capsys: pytest.CaptureFixture[str]) ->
         while stream.getvalue().count("\n") < 5 and time.monotonic() < deadline_s:
             time.sleep(0.01)
         first.close()
-        with Publisher(dataclasses.replace(ANY_PORT, endpoint=first.endpoint), CAMERA, "second") as second:
-            second.publish_pose(a_pose(0))
+        with Publisher(
+            dataclasses.replace(ANY_PORT, endpoint=first.endpoint),
+            MessageStream(CAMERA, session_id="second", heartbeat_hz=50.0),
+        ) as second:
+            second.stream.publish_pose(a_pose(0))
             is_done.wait(PATIENCE_S)
 
     thread = threading.Thread(target=run)
@@ -197,7 +201,7 @@ def start(publisher: Publisher) -> subprocess.Popen[str]:
 
 
 def test_ends_cleanly_on_interrupt(publisher: Publisher) -> None:
-    publisher.publish_pose(a_pose(0))
+    publisher.stream.publish_pose(a_pose(0))
     process = start(publisher)
     assert process.stdout is not None and "frame" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -207,7 +211,7 @@ def test_ends_cleanly_on_interrupt(publisher: Publisher) -> None:
 
 def test_ends_cleanly_when_nobody_reads(publisher: Publisher) -> None:
     """As in `vo listen | head -1`."""
-    publisher.publish_pose(a_pose(0))
+    publisher.stream.publish_pose(a_pose(0))
     process = start(publisher)
     assert process.stdout is not None and process.stderr is not None
     assert "frame" in process.stdout.readline()
@@ -216,7 +220,7 @@ def test_ends_cleanly_when_nobody_reads(publisher: Publisher) -> None:
     index = 1
     while process.poll() is None:
         assert time.monotonic() < deadline_s
-        publisher.publish_pose(a_pose(index))
+        publisher.stream.publish_pose(a_pose(index))
         index += 1
         time.sleep(0.01)
     assert (process.returncode, process.stderr.read()) == (0, "")

@@ -18,6 +18,7 @@ import pytest
 import zmq
 
 from vo.config import PublisherConfig
+from vo.message_stream import MessageStream
 from vo.messages import (
     MAX_REQUEST_BYTES,
     Message,
@@ -48,6 +49,10 @@ def nothing_is_left_behind() -> Iterator[None]:
     yield
     assert set(threading.enumerate()) == threads
     assert len(os.listdir("/proc/self/fd")) == files
+
+
+def a_publisher(config: PublisherConfig = ANY_PORT) -> Publisher:
+    return Publisher(config, MessageStream(CAMERA, heartbeat_hz=config.heartbeat_hz, with_tracks=config.publish_tracks))
 
 
 def a_pose(index: int) -> PoseEstimate:
@@ -123,14 +128,16 @@ def connect() -> Iterator[Callable[[int, str], zmq.Socket[bytes]]]:
 
 
 def test_every_topic_arrives_as_it_was_published() -> None:
-    with Publisher(ANY_PORT, CAMERA, "session", clock=lambda: 123) as publisher:
+    with Publisher(
+        ANY_PORT, MessageStream(CAMERA, session_id="session", clock=lambda: 123, heartbeat_hz=50.0)
+    ) as publisher:
         topics = (Topic.POSE, Topic.TRACKS, Topic.STATUS, Topic.CAMERA)
         with Subscriber(publisher.endpoint, topics) as subscriber:
             wait_until_heard(subscriber)
-            publisher.publish_pose(a_pose(4))
-            publisher.publish_tracks(some_tracks(4, 10))
-            publisher.publish_pose(PoseEstimate(5, 10**9, None, TrackingStatus.LOST))
-            publisher.publish_status(fps=12.5, num_frames=6, num_dropped=1)
+            publisher.stream.publish_pose(a_pose(4))
+            publisher.stream.publish_tracks(some_tracks(4, 10))
+            publisher.stream.publish_pose(PoseEstimate(5, 10**9, None, TrackingStatus.LOST))
+            publisher.stream.publish_status(fps=12.5, num_frames=6, num_dropped=1)
             got: dict[Topic, Message] = {}
             while not (Topic.POSE in got and Topic.TRACKS in got and got[Topic.POSE].header.sequence == 1):
                 message = received(subscriber, 1)[0]
@@ -154,7 +161,7 @@ def test_every_topic_arrives_as_it_was_published() -> None:
 def test_burst_reaches_a_consumer_that_keeps_up() -> None:
     """Through the subscription alone: no snapshot fills in."""
     with (
-        Publisher(ANY_PORT, CAMERA) as publisher,
+        a_publisher() as publisher,
         Subscriber(publisher.endpoint, [Topic.POSE, Topic.TRACKS], catch_up=False) as subscriber,
     ):
         wait_until_heard(subscriber)
@@ -162,8 +169,8 @@ def test_burst_reaches_a_consumer_that_keeps_up() -> None:
         consumer = threading.Thread(target=lambda: messages.extend(received(subscriber, 2000)))
         consumer.start()
         for index in range(1000):
-            publisher.publish_pose(a_pose(index))
-            publisher.publish_tracks(some_tracks(index, 200))
+            publisher.stream.publish_pose(a_pose(index))
+            publisher.stream.publish_tracks(some_tracks(index, 200))
         consumer.join(PATIENCE_S)
         assert sequences(messages) == [index // 2 for index in range(2000)]
         assert subscriber.inbox.take_gaps() == ()
@@ -171,13 +178,13 @@ def test_burst_reaches_a_consumer_that_keeps_up() -> None:
 
 
 def test_late_joiner_gets_every_pose_of_the_run() -> None:
-    with Publisher(ANY_PORT, CAMERA) as publisher:
+    with a_publisher() as publisher:
         for index in range(2500):
-            publisher.publish_pose(a_pose(index))
+            publisher.stream.publish_pose(a_pose(index))
         with Subscriber(publisher.endpoint) as subscriber:
             early = received(subscriber, 2500)
             for index in range(2500, 2600):
-                publisher.publish_pose(a_pose(index))
+                publisher.stream.publish_pose(a_pose(index))
             late = received(subscriber, 50)
             closing = threading.Thread(target=publisher.close)
             closing.start()
@@ -195,9 +202,9 @@ def test_late_joiner_gets_every_pose_of_the_run() -> None:
 
 def test_what_no_longer_is_kept_is_reported_as_lost() -> None:
     config = dataclasses.replace(ANY_PORT, max_snapshot_poses=100)
-    with Publisher(config, CAMERA) as publisher:
+    with a_publisher(config) as publisher:
         for index in range(250):
-            publisher.publish_pose(a_pose(index))
+            publisher.stream.publish_pose(a_pose(index))
         with Subscriber(publisher.endpoint) as subscriber:
             assert sequences(received(subscriber, 100)) == list(range(150, 250))
             (gap,) = subscriber.inbox.take_gaps()
@@ -209,7 +216,7 @@ def test_stuck_consumer_slows_nobody_and_recovers() -> None:
     """It loses tracks, knows how many, and gets every pose; the publisher and the other consumer notice nothing."""
     config = dataclasses.replace(ANY_PORT, send_hwm=100, linger_ms=60_000)
     with (
-        Publisher(config, CAMERA) as publisher,
+        a_publisher(config) as publisher,
         Subscriber(publisher.endpoint, [Topic.POSE, Topic.TRACKS]) as stuck,
         Subscriber(publisher.endpoint, [Topic.POSE, Topic.TRACKS]) as good,
     ):
@@ -219,12 +226,12 @@ def test_stuck_consumer_slows_nobody_and_recovers() -> None:
         durations_s = []
         for index in range(num_frames):
             start_s = time.perf_counter()
-            publisher.publish_pose(a_pose(index))
-            publisher.publish_tracks(some_tracks(index, 5000))  # 85 kB each: more than all buffers hold together
+            publisher.stream.publish_pose(a_pose(index))
+            publisher.stream.publish_tracks(some_tracks(index, 5000))  # 85 kB each: more than all buffers hold together
             durations_s.append(time.perf_counter() - start_s)
             assert sequences(received(good, 2)) == [index, index]
         assert np.median(durations_s) < 0.01
-        assert publisher.num_sent[Topic.TRACKS] == num_frames
+        assert publisher.stream.num_sent[Topic.TRACKS] == num_frames
         closing = threading.Thread(target=publisher.close)
         closing.start()
         assert all_received(good) == []
@@ -240,7 +247,7 @@ def test_stuck_consumer_slows_nobody_and_recovers() -> None:
 
 def test_conflating_consumer_gets_the_newest() -> None:
     with (
-        Publisher(ANY_PORT, CAMERA) as publisher,
+        a_publisher() as publisher,
         Subscriber(publisher.endpoint, [Topic.POSE, Topic.TRACKS], conflate=True) as subscriber,
     ):
         newest = {Topic.POSE: -1, Topic.TRACKS: -1}
@@ -252,8 +259,8 @@ def test_conflating_consumer_gets_the_newest() -> None:
                 newest[message.header.topic] = message.header.sequence
 
         def publish(index: int) -> None:
-            publisher.publish_pose(a_pose(index))
-            publisher.publish_tracks(some_tracks(index, 3))
+            publisher.stream.publish_pose(a_pose(index))
+            publisher.stream.publish_tracks(some_tracks(index, 3))
 
         publish(0)
         index = 1
@@ -270,20 +277,20 @@ def test_conflating_consumer_gets_the_newest() -> None:
 
 
 def test_tracks_can_be_left_out() -> None:
-    with Publisher(dataclasses.replace(ANY_PORT, publish_tracks=False), CAMERA) as publisher:
-        publisher.publish_tracks(some_tracks(0))
-        assert publisher.num_sent[Topic.TRACKS] == 0
+    with a_publisher(dataclasses.replace(ANY_PORT, publish_tracks=False)) as publisher:
+        publisher.stream.publish_tracks(some_tracks(0))
+        assert publisher.stream.num_sent[Topic.TRACKS] == 0
 
 
 def test_heartbeat_comes_by_itself_and_a_new_state_at_once() -> None:
     slow = dataclasses.replace(ANY_PORT, heartbeat_hz=0.1)
     for config, num_expected in ((ANY_PORT, 4), (slow, 1)):
-        with Publisher(config, CAMERA) as publisher:
-            wait_until(lambda publisher=publisher, n=num_expected: publisher.num_sent[Topic.STATUS] >= n)  # type: ignore[misc]
-            publisher.publish_status(fps=3.0)
-            num_before = publisher.num_sent[Topic.STATUS]
-            publisher.publish_status(RunState.INTERRUPTED)
-            assert publisher.num_sent[Topic.STATUS] >= num_before + 1
+        with a_publisher(config) as publisher:
+            wait_until(lambda publisher=publisher, n=num_expected: publisher.stream.num_sent[Topic.STATUS] >= n)  # type: ignore[misc]
+            publisher.stream.publish_status(fps=3.0)
+            num_before = publisher.stream.num_sent[Topic.STATUS]
+            publisher.stream.finish(RunState.INTERRUPTED)
+            assert publisher.stream.num_sent[Topic.STATUS] >= num_before + 1
 
 
 # --- the end, and what comes after it ---
@@ -294,13 +301,13 @@ def test_heartbeat_comes_by_itself_and_a_new_state_at_once() -> None:
     [(None, RunState.FINISHED), (KeyError, RunState.FAILED), (KeyboardInterrupt, RunState.INTERRUPTED)],
 )
 def test_the_end_is_announced(error: type[BaseException] | None, state: RunState) -> None:
-    publisher = Publisher(ANY_PORT, CAMERA)
+    publisher = a_publisher()
     with Subscriber(publisher.endpoint) as subscriber:
         wait_until_heard(subscriber)
 
         def run() -> None:
             with publisher:
-                publisher.publish_pose(a_pose(0))
+                publisher.stream.publish_pose(a_pose(0))
                 if error is not None:
                     raise error
 
@@ -317,7 +324,7 @@ def test_the_end_is_announced(error: type[BaseException] | None, state: RunState
         assert subscriber.inbox.final_state is state
         thread.join(PATIENCE_S)
     with pytest.raises(ValueError, match="closed"):
-        publisher.publish_pose(a_pose(1))
+        publisher.stream.publish_pose(a_pose(1))
     publisher.close()
 
 
@@ -331,13 +338,13 @@ def test_close_waits_for_consumers_no_longer_than_the_linger(connect: Callable[[
 
     patient = dataclasses.replace(ANY_PORT, linger_ms=60_000)
     start_s = time.monotonic()
-    Publisher(patient, CAMERA).close()
-    publisher = Publisher(patient, CAMERA)
+    a_publisher(patient).close()
+    publisher = a_publisher(patient)
     request_snapshot(publisher).send(encode_request(Request(RequestKind.GOODBYE)))
     publisher.close()
     assert time.monotonic() - start_s < 30, "nobody is there, or everybody has said goodbye"
 
-    publisher = Publisher(dataclasses.replace(ANY_PORT, linger_ms=300), CAMERA)
+    publisher = a_publisher(dataclasses.replace(ANY_PORT, linger_ms=300))
     request_snapshot(publisher)
     start_s = time.monotonic()
     publisher.close()
@@ -345,28 +352,28 @@ def test_close_waits_for_consumers_no_longer_than_the_linger(connect: Callable[[
 
 
 def test_close_does_not_hang_on_a_stuck_consumer() -> None:
-    publisher = Publisher(dataclasses.replace(ANY_PORT, linger_ms=200), CAMERA)
+    publisher = a_publisher(dataclasses.replace(ANY_PORT, linger_ms=200))
     with Subscriber(publisher.endpoint, [Topic.TRACKS]) as stuck:
         wait_until_heard(stuck)
         for index in range(1000):
-            publisher.publish_tracks(some_tracks(index, 2000))
+            publisher.stream.publish_tracks(some_tracks(index, 2000))
         start_s = time.monotonic()
         publisher.close()
         assert time.monotonic() - start_s < 10
 
 
 def test_restart_is_noticed_and_followed() -> None:
-    first = Publisher(ANY_PORT, CAMERA)
+    first = a_publisher()
     with Subscriber(first.endpoint) as subscriber:
         wait_until_heard(subscriber)
-        first.publish_pose(a_pose(0))
-        first.publish_pose(a_pose(1))
+        first.stream.publish_pose(a_pose(0))
+        first.stream.publish_pose(a_pose(1))
         before = received(subscriber, 2)
         first.close()
         assert first.session_id == subscriber.inbox.session_id
-        with Publisher(dataclasses.replace(ANY_PORT, endpoint=first.endpoint), CAMERA) as second:
+        with a_publisher(dataclasses.replace(ANY_PORT, endpoint=first.endpoint)) as second:
             for index in range(3):
-                second.publish_pose(a_pose(index))
+                second.stream.publish_pose(a_pose(index))
             after = received(subscriber, 3)
             assert subscriber.inbox.num_sessions == 2 and subscriber.inbox.session_id == second.session_id
     assert sequences(before + after) == [0, 1, 0, 1, 2]
@@ -374,12 +381,12 @@ def test_restart_is_noticed_and_followed() -> None:
 
 
 def test_subscriber_may_come_first() -> None:
-    with Publisher(ANY_PORT, CAMERA) as publisher:
+    with a_publisher() as publisher:
         endpoint = publisher.endpoint
     with Subscriber(endpoint) as subscriber:
         assert subscriber.receive(0.05) is None and subscriber.inbox.session_id is None
-        with Publisher(dataclasses.replace(ANY_PORT, endpoint=endpoint), CAMERA) as publisher:
-            publisher.publish_pose(a_pose(0))
+        with a_publisher(dataclasses.replace(ANY_PORT, endpoint=endpoint)) as publisher:
+            publisher.stream.publish_pose(a_pose(0))
             assert sequences(received(subscriber, 1)) == [0]
 
 
@@ -387,25 +394,25 @@ def test_subscriber_may_come_first() -> None:
 
 
 def test_a_port_that_is_taken_is_one_clear_line() -> None:
-    with Publisher(ANY_PORT, CAMERA) as publisher:
+    with a_publisher() as publisher:
         config = dataclasses.replace(ANY_PORT, endpoint=publisher.endpoint)
         with pytest.raises(PublishError) as caught:
-            Publisher(config, CAMERA)
+            a_publisher(config)
         assert str(caught.value) == (
             f"{publisher.endpoint} is already in use; use --publish tcp://127.0.0.1:PORT or --publish off"
         )
-        publisher.publish_pose(a_pose(0))
+        publisher.stream.publish_pose(a_pose(0))
     # The port next to it may be the one that is taken: no half of a publisher is left then.
     with socket.socket() as taken:
         host, port = _free_pair()
         taken.bind((host, port + 1))
         with pytest.raises(PublishError, match=f"127.0.0.1:{port + 1} is already in use"):
-            Publisher(dataclasses.replace(ANY_PORT, endpoint=f"tcp://{host}:{port}"), CAMERA)
-    Publisher(dataclasses.replace(ANY_PORT, endpoint=f"tcp://{host}:{port}"), CAMERA).close()
+            a_publisher(dataclasses.replace(ANY_PORT, endpoint=f"tcp://{host}:{port}"))
+    a_publisher(dataclasses.replace(ANY_PORT, endpoint=f"tcp://{host}:{port}")).close()
 
 
 def _free_pair() -> tuple[str, int]:
-    with Publisher(ANY_PORT, CAMERA) as publisher:
+    with a_publisher() as publisher:
         return "127.0.0.1", int(publisher.endpoint.rsplit(":", 1)[1])
 
 
@@ -427,7 +434,7 @@ def _free_pair() -> tuple[str, int]:
 )
 def test_addresses_that_are_refused(endpoint: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint) as caught:
-        Publisher(dataclasses.replace(ANY_PORT, endpoint=endpoint), CAMERA)
+        a_publisher(dataclasses.replace(ANY_PORT, endpoint=endpoint))
     assert "\n" not in str(caught.value)
 
 
@@ -440,8 +447,8 @@ def test_addresses_to_connect_to() -> None:
     with pytest.raises(ValueError, match="topics"):
         Subscriber("tcp://127.0.0.1:5570", [])
     with pytest.raises(ValueError, match="off"):
-        Publisher(PublisherConfig(endpoint="off"), CAMERA)
-    with Publisher(dataclasses.replace(ANY_PORT, endpoint="tcp://localhost:*"), CAMERA) as publisher:
+        a_publisher(PublisherConfig(endpoint="off"))
+    with a_publisher(dataclasses.replace(ANY_PORT, endpoint="tcp://localhost:*")) as publisher:
         assert publisher.endpoint.startswith("tcp://127.0.0.1:")
 
 
@@ -452,8 +459,8 @@ def test_addresses_to_connect_to() -> None:
 def test_requests_of_strangers_are_answered_or_refused(
     kind: int, connect: Callable[[int, str], zmq.Socket[bytes]]
 ) -> None:
-    with Publisher(ANY_PORT, CAMERA) as publisher:
-        publisher.publish_pose(a_pose(0))
+    with a_publisher() as publisher:
+        publisher.stream.publish_pose(a_pose(0))
         client = connect(kind, snapshot_endpoint(publisher.endpoint))
 
         def answer(request: bytes) -> object:
@@ -477,8 +484,8 @@ def test_requests_of_strangers_are_answered_or_refused(
 
 
 def test_a_flood_of_rubbish_does_not_harm_the_publisher(connect: Callable[[int, str], zmq.Socket[bytes]]) -> None:
-    with Publisher(ANY_PORT, CAMERA) as publisher:
-        publisher.publish_pose(a_pose(0))
+    with a_publisher() as publisher:
+        publisher.stream.publish_pose(a_pose(0))
         for rubbish in ([b"x" * (MAX_REQUEST_BYTES + 1)], [b"", b"", b"x"], [b"a", b"b"], [b"x"] * 50):
             client = connect(zmq.DEALER, snapshot_endpoint(publisher.endpoint))
             for _ in range(20):
@@ -517,7 +524,7 @@ def test_the_minimal_subscriber_needs_nothing_of_ours() -> None:
     script = REPOSITORY / "tools" / "subscribe_minimal.py"
     lines = script.read_text().split('"""', 2)[2].splitlines()
     assert len([line for line in lines if line.strip()]) <= 20
-    with Publisher(ANY_PORT, CAMERA) as publisher:
+    with a_publisher() as publisher:
         command = [sys.executable, "-I", str(script), publisher.endpoint]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
         stop = threading.Event()
@@ -525,7 +532,7 @@ def test_the_minimal_subscriber_needs_nothing_of_ours() -> None:
         def publish() -> None:
             index = 0
             while not stop.wait(0.005):
-                publisher.publish_pose(a_pose(index))
+                publisher.stream.publish_pose(a_pose(index))
                 index += 1
 
         thread = threading.Thread(target=publish)

@@ -1,37 +1,76 @@
-"""The messages of `lightvo/1`: what each topic carries, to bytes and back. Pure: no socket, no clock, no thread.
+"""The messages of `lightvo/1`, to bytes and back. Pure: no socket, no clock, no thread.
 
-docs/PROTOCOL.md is the specification; vo/wire.py holds the outer form and its limits.
+docs/PROTOCOL.md is the specification; vo/message_types.py holds what the messages say, vo/wire.py their outer form
+and its limits, vo/map_messages.py the topics of the map and the image.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vo import wire
+from vo.map_messages import (
+    ArrayMap,
+    check_poses,
+    decode_image,
+    decode_keyframe,
+    decode_points,
+    encode_image,
+    encode_keyframe,
+    encode_points,
+    frame_of,
+)
+from vo.message_types import (
+    LOGGED_TOPICS,
+    MAP_TOPICS,
+    MAX_REQUEST_BYTES,
+    MAX_SNAPSHOT_MESSAGES,
+    PUBLISHED_TOPICS,
+    Body,
+    CompressedImage,
+    Header,
+    KeyframeUpdate,
+    Message,
+    PointsUpdate,
+    Refusal,
+    Reply,
+    Request,
+    RequestKind,
+    RunState,
+    ScaleQuantity,
+    ScaleReading,
+    Snapshot,
+    StatusReport,
+    Topic,
+    check_text,
+)
 from vo.types import Camera, CameraModel, FloatArray, FrameTracks, PoseEstimate, Rejection, TrackingStatus
-from vo.wire import MAX_INTEGER, MAX_TEXT_LENGTH, SCHEMA, Arrays, Fields, ProtocolError, VersionError
+from vo.wire import MAX_INTEGER, SCHEMA, Arrays, Fields, ProtocolError, VersionError
 
 __all__ = [
+    "LOGGED_TOPICS",
+    "MAP_TOPICS",
     "MAX_REQUEST_BYTES",
     "MAX_SNAPSHOT_MESSAGES",
     "PUBLISHED_TOPICS",
     "SCHEMA",
     "Body",
+    "CompressedImage",
     "Header",
+    "KeyframeUpdate",
     "Message",
+    "PointsUpdate",
     "ProtocolError",
     "Refusal",
+    "Reply",
     "Request",
     "RequestKind",
     "RunState",
+    "ScaleQuantity",
+    "ScaleReading",
     "Snapshot",
     "StatusReport",
     "Topic",
@@ -44,179 +83,6 @@ __all__ = [
 ]
 
 WORLD_FRAME, CAMERA_FRAME = "world", "camera"
-MAX_REQUEST_BYTES = 1024
-MAX_SNAPSHOT_MESSAGES = 1024
-ROTATION_TOLERANCE = 1e-6
-
-ArrayMap = dict[str, NDArray[Any]]
-
-
-class Topic(Enum):
-    """What a message is about. The first four are published; the last two answer requests."""
-
-    POSE = "pose"
-    TRACKS = "tracks"
-    STATUS = "status"
-    CAMERA = "camera"
-    SNAPSHOT = "snapshot"
-    REFUSAL = "refusal"
-
-    @property
-    def prefix(self) -> bytes:
-        """What a socket subscribes to: the zero byte keeps out topics that merely begin with this one's name."""
-        return self.value.encode() + b"\0"
-
-
-PUBLISHED_TOPICS = (Topic.POSE, Topic.TRACKS, Topic.STATUS, Topic.CAMERA)
-
-
-class RunState(Enum):
-    """Where the run is that the messages come from; only the first is followed by more."""
-
-    RUNNING = "running"
-    FINISHED = "finished"
-    INTERRUPTED = "interrupted"
-    FAILED = "failed"
-
-    @property
-    def is_final(self) -> bool:
-        return self is not RunState.RUNNING
-
-
-class RequestKind(Enum):
-    """What a consumer can ask for."""
-
-    SNAPSHOT = "snapshot"
-    GOODBYE = "goodbye"
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What every message says.
-
-    session_id       names one run of a publisher; sequence numbers start anew with it.
-    sequence         0, 1, 2, ... within the topic and the session: a gap is a loss.
-    publish_time_ns  Unix time.
-    status           of the last frame that was tracked.
-    frame_index      the frame the message belongs to, or the last one published; None before the first.
-    capture_time_ns  that frame's time on the sensor's clock.
-    """
-
-    topic: Topic
-    session_id: str
-    sequence: int
-    publish_time_ns: int
-    status: TrackingStatus
-    frame_index: int | None = None
-    capture_time_ns: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_text("session_id", self.session_id)
-        for name in ("sequence", "publish_time_ns", "frame_index"):
-            _check_range(name, getattr(self, name), 0)
-        _check_range("capture_time_ns", self.capture_time_ns, -MAX_INTEGER)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StatusReport:
-    """The heartbeat: how the run is doing.
-
-    fps           frames per second the run keeps up.
-    num_frames    frames processed.
-    num_dropped   frames the source delivered and nobody had time for.
-    num_sent      messages published on each topic before this one: `num_sent - 1` is its last sequence number.
-    heartbeat_hz  how often this message comes: a consumer that hears nothing for longer has lost the publisher.
-    """
-
-    state: RunState
-    fps: float = 0.0
-    num_frames: int = 0
-    num_dropped: int = 0
-    num_sent: Mapping[Topic, int] = field(default_factory=dict)
-    heartbeat_hz: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("fps", "heartbeat_hz"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}: expected a finite number that is not negative, got {getattr(self, name)}")
-        for name in ("num_frames", "num_dropped"):
-            _check_range(name, getattr(self, name), 0)
-        for topic, num_messages in self.num_sent.items():
-            _check_range(f"num_sent of {topic.value}", num_messages, 0)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Snapshot:
-    """Answer to a request: messages of one topic as they were published, in order.
-
-    oldest_sequence  the first message that is still kept; what came before it is lost.
-    num_sent         messages published on the topic so far; the snapshot may end before the last one.
-    messages         each the bytes of one message; after decoding, views into the answer.
-    """
-
-    of_topic: Topic
-    oldest_sequence: int
-    num_sent: int
-    state: RunState
-    messages: tuple[bytes | memoryview, ...]
-
-    def __post_init__(self) -> None:
-        _check_range("oldest_sequence", self.oldest_sequence, 0)
-        _check_range("num_sent", self.num_sent, 0)
-        if len(self.messages) > MAX_SNAPSHOT_MESSAGES:
-            raise ValueError(f"messages: {len(self.messages)} is above {MAX_SNAPSHOT_MESSAGES}")
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Answer to a request that cannot be served, with the reason."""
-
-    reason: str
-
-    def __post_init__(self) -> None:
-        _check_text("reason", self.reason)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a consumer asks for: messages of a topic from a sequence number on, or to be waited for no more."""
-
-    kind: RequestKind
-    topic: Topic = Topic.POSE
-    first_sequence: int = 0
-
-    def __post_init__(self) -> None:
-        _check_range("first_sequence", self.first_sequence, 0)
-
-
-Body = PoseEstimate | FrameTracks | StatusReport | Camera | Snapshot | Refusal
-_BODIES: dict[Topic, type] = {
-    Topic.POSE: PoseEstimate,
-    Topic.TRACKS: FrameTracks,
-    Topic.STATUS: StatusReport,
-    Topic.CAMERA: Camera,
-    Topic.SNAPSHOT: Snapshot,
-    Topic.REFUSAL: Refusal,
-}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Message:
-    """One message: its header and what it carries. Raises ValueError where the two disagree."""
-
-    header: Header
-    body: Body
-
-    def __post_init__(self) -> None:
-        header, body = self.header, self.body
-        if not isinstance(body, _BODIES[header.topic]):
-            raise ValueError(f"topic {header.topic.value} does not carry {type(body).__name__}")
-        if isinstance(body, PoseEstimate | FrameTracks) and (
-            (header.frame_index, header.capture_time_ns) != (body.frame_index, body.timestamp_ns)
-        ):
-            raise ValueError(f"header of frame {header.frame_index} on a {header.topic.value} of {body.frame_index}")
-        if isinstance(body, PoseEstimate) and header.status is not body.status:
-            raise ValueError(f"header says {header.status.value}, the pose {body.status.value}")
 
 
 def quat_xyzw_from_rotation(R: FloatArray) -> FloatArray:
@@ -279,8 +145,21 @@ def decode(data: bytes | memoryview) -> Message:
 def encode_request(request: Request) -> bytes:
     """The bytes of a request: one MessagePack map."""
     fields: dict[str, object] = {"request": request.kind.value}
-    if request.kind is RequestKind.SNAPSHOT:
+    if request.kind is RequestKind.SNAPSHOT and request.topic in MAP_TOPICS:
+        fields |= {
+            "topic": request.topic.value,
+            "first_segment": request.first_segment,
+            "first_id": request.first_id,
+        }
+    elif request.kind is RequestKind.SNAPSHOT:
         fields |= {"topic": request.topic.value, "first_sequence": request.first_sequence}
+    if request.scale is not None:
+        fields |= {
+            "quantity": request.scale.quantity.value,
+            "value": float(request.scale.value),
+            "timestamp_ns": request.scale.timestamp_ns,
+            "start_timestamp_ns": request.scale.start_timestamp_ns,
+        }
     return wire.pack_fields(fields)
 
 
@@ -290,12 +169,29 @@ def decode_request(data: bytes | memoryview) -> Request:
         raise ProtocolError(f"request of {len(data)} bytes is above {MAX_REQUEST_BYTES}")
     fields = wire.unpack_fields(data)
     kind = fields.choice("request", RequestKind)
-    if kind is RequestKind.GOODBYE:
+    if kind is RequestKind.SCALE:
+        return Request(kind, scale=_decode_scale(fields))
+    if kind is not RequestKind.SNAPSHOT:
         return Request(kind)
     topic = fields.choice("topic", Topic)
     if topic not in PUBLISHED_TOPICS:
         raise ProtocolError(f"topic: {topic.value} is not published")
+    if topic in MAP_TOPICS:
+        first_id = fields.integer("first_id", -MAX_INTEGER)
+        return Request(kind, topic, first_segment=fields.integer("first_segment"), first_id=first_id)
     return Request(kind, topic, fields.integer("first_sequence"))
+
+
+def _decode_scale(fields: Fields) -> ScaleReading:
+    try:
+        return ScaleReading(
+            quantity=fields.choice("quantity", ScaleQuantity),
+            value=fields.number("value"),
+            timestamp_ns=fields.optional_integer("timestamp_ns", -MAX_INTEGER),
+            start_timestamp_ns=fields.optional_integer("start_timestamp_ns", -MAX_INTEGER),
+        )
+    except ValueError as error:
+        raise ProtocolError(f"scale: {error}") from error
 
 
 def _encode_body(body: Body) -> tuple[dict[str, object], ArrayMap]:
@@ -309,6 +205,12 @@ def _encode_body(body: Body) -> tuple[dict[str, object], ArrayMap]:
                 "lengths": body.lengths.astype("<i4", copy=False),
                 "has_landmark": body.has_landmark.astype("|u1"),
             }
+        case KeyframeUpdate():
+            return encode_keyframe(body)
+        case PointsUpdate():
+            return encode_points(body)
+        case CompressedImage():
+            return encode_image(body)
         case StatusReport():
             return {
                 "state": body.state.value,
@@ -328,17 +230,21 @@ def _encode_body(body: Body) -> tuple[dict[str, object], ArrayMap]:
                 "of_topic": body.of_topic.value,
                 "oldest_sequence": body.oldest_sequence,
                 "num_sent": body.num_sent,
+                "next_segment": body.next_segment,
+                "next_id": body.next_id,
                 "state": body.state.value,
             }, {
                 "message_lengths": np.array([len(message) for message in body.messages], "<i8"),
                 "messages": np.frombuffer(b"".join(body.messages), "|u1"),
             }
+        case Reply():
+            return {"request": body.request.value}, {}
         case Refusal():
             return {"reason": body.reason}, {}
 
 
 def _encode_pose(pose: PoseEstimate) -> tuple[dict[str, object], ArrayMap]:
-    _check_text("scale_source", pose.scale_source)
+    check_text("scale_source", pose.scale_source)
     fields: dict[str, object] = {
         "parent_frame": WORLD_FRAME,
         "child_frame": CAMERA_FRAME,
@@ -367,11 +273,10 @@ def _decode_pose(header: Header, fields: Fields, arrays: Arrays) -> PoseEstimate
     for key, expected in (("parent_frame", WORLD_FRAME), ("child_frame", CAMERA_FRAME)):
         if fields.text(key) != expected:
             raise ProtocolError(f"{key}: expected {expected}, got {wire.shown(fields.text(key))}")
-    if header.frame_index is None or header.capture_time_ns is None:
-        raise ProtocolError("a pose without frame_index or capture_time_ns")
+    frame_index, timestamp_ns = frame_of(header)
     return PoseEstimate(
-        frame_index=header.frame_index,
-        timestamp_ns=header.capture_time_ns,
+        frame_index=frame_index,
+        timestamp_ns=timestamp_ns,
         T_world_camera=_decode_T_world_camera(arrays) if "T_world_camera" in arrays else None,
         covariance=arrays.take("covariance", "<f8", (6, 6)) if "covariance" in arrays else None,
         status=header.status,
@@ -390,24 +295,18 @@ def _decode_T_world_camera(arrays: Arrays) -> FloatArray:
     arrays.take("position_xyz", "<f8", (3,))
     arrays.take("quat_xyzw", "<f8", (4,))
     T: FloatArray = arrays.take("T_world_camera", "<f8", (4, 4))
-    R = T[:3, :3]
-    is_finite = np.abs(T).max() <= np.finfo(np.float32).max  # False for NaN; the bound keeps R @ R.T from overflowing
-    if not is_finite or np.any(T[3] != (0, 0, 0, 1)):
-        raise ProtocolError("T_world_camera: expected finite values and a last row of 0 0 0 1")
-    if np.abs(R @ R.T - np.eye(3)).max() > ROTATION_TOLERANCE or np.linalg.det(R) < 0:
-        raise ProtocolError("T_world_camera: expected a rotation")
+    check_poses("T_world_camera", T[None])
     return T
 
 
 def _decode_tracks(header: Header, fields: Fields, arrays: Arrays) -> FrameTracks:
-    if header.frame_index is None or header.capture_time_ns is None:
-        raise ProtocolError("tracks without frame_index or capture_time_ns")
+    frame_index, timestamp_ns = frame_of(header)
     has_landmark = arrays.take("has_landmark", "|u1", (None,))
     if has_landmark.max(initial=0) > 1:
         raise ProtocolError("arrays: has_landmark: expected 0 or 1")
     return FrameTracks(
-        frame_index=header.frame_index,
-        timestamp_ns=header.capture_time_ns,
+        frame_index=frame_index,
+        timestamp_ns=timestamp_ns,
         track_ids=arrays.take("track_ids", "<i8", (None,)),
         keypoints=arrays.take("keypoints", "<f4", (None, 2)),
         lengths=arrays.take("lengths", "<i4", (None,)),
@@ -459,7 +358,13 @@ def _decode_snapshot(header: Header, fields: Fields, arrays: Arrays) -> Snapshot
         num_sent=fields.integer("num_sent"),
         state=fields.choice("state", RunState),
         messages=tuple(data[start:end] for start, end in itertools.pairwise(ends)),
+        next_segment=fields.optional_integer("next_segment"),
+        next_id=fields.optional_integer("next_id", -MAX_INTEGER),
     )
+
+
+def _decode_reply(header: Header, fields: Fields, arrays: Arrays) -> Reply:
+    return Reply(fields.choice("request", RequestKind))
 
 
 def _decode_refusal(header: Header, fields: Fields, arrays: Arrays) -> Refusal:
@@ -469,18 +374,12 @@ def _decode_refusal(header: Header, fields: Fields, arrays: Arrays) -> Refusal:
 _DECODERS: dict[Topic, Callable[[Header, Fields, Arrays], Body]] = {
     Topic.POSE: _decode_pose,
     Topic.TRACKS: _decode_tracks,
+    Topic.KEYFRAME: decode_keyframe,
+    Topic.POINTS: decode_points,
+    Topic.IMAGE: decode_image,
     Topic.STATUS: _decode_status,
     Topic.CAMERA: _decode_camera,
     Topic.SNAPSHOT: _decode_snapshot,
+    Topic.REPLY: _decode_reply,
     Topic.REFUSAL: _decode_refusal,
 }
-
-
-def _check_range(name: str, value: int | None, minimum: int) -> None:
-    if value is not None and not minimum <= value <= MAX_INTEGER:
-        raise ValueError(f"{name}: expected {minimum}..{MAX_INTEGER}, got {value}")
-
-
-def _check_text(name: str, text: str) -> None:
-    if len(text) > MAX_TEXT_LENGTH:
-        raise ValueError(f"{name}: text of {len(text)} characters is above {MAX_TEXT_LENGTH}")

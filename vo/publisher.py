@@ -7,24 +7,22 @@ asks for those it missed. docs/PROTOCOL.md is the specification.
 from __future__ import annotations
 
 import errno
-import math
 import re
-import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ipaddress import AddressValueError, IPv4Address
 from typing import TYPE_CHECKING
 
 import zmq
 
 from vo.inbox import Inbox
+from vo.message_stream import EncodedMessage, MessageSource, final_state
 from vo.messages import (
+    LOGGED_TOPICS,
     MAX_REQUEST_BYTES,
     MAX_SNAPSHOT_MESSAGES,
-    PUBLISHED_TOPICS,
     Body,
-    Header,
     Message,
     ProtocolError,
     Refusal,
@@ -32,14 +30,13 @@ from vo.messages import (
     RequestKind,
     RunState,
     Snapshot,
-    StatusReport,
     Topic,
     decode_request,
     encode,
     encode_request,
 )
 from vo.sequences import History
-from vo.types import Camera, ConfigError, FrameTracks, PoseEstimate, TrackingStatus, VoError
+from vo.types import ConfigError, VoError
 from vo.wire import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:  # the configuration of the frontends imports torch, which a program that only listens can do without
@@ -49,7 +46,6 @@ SNAPSHOT_BYTES = 1024 * 1024
 SNAPSHOT_QUEUE = 8
 MAX_WAITED_FOR = 256
 MAX_BIND_ATTEMPTS = 50
-FINAL_PERIOD_S = 0.1
 
 RECEIVE_HWM = 256
 RECONNECT_MS = 100
@@ -129,37 +125,26 @@ def _bind_one(socket: zmq.Socket[bytes], address: str) -> None:
 
 
 class Publisher:
-    """Publishes one run. Every method may be called from any thread; none waits for a consumer.
+    """The sockets of one run: what its stream says goes out, and what consumers missed is answered. Nothing here waits.
 
-    A thread of its own repeats the status at the configured rate and answers requests for snapshots.
+    A thread of its own keeps the heart of the stream beating and answers requests.
 
     endpoint     the address that was bound.
     session_id   names this run.
-    num_sent     messages published so far, by topic.
     num_refused  requests that were malformed or could not be served.
     """
 
-    def __init__(
-        self,
-        config: PublisherConfig,
-        camera: Camera,
-        session_id: str | None = None,
-        *,
-        clock: Callable[[], int] = time.time_ns,
-    ) -> None:
+    def __init__(self, config: PublisherConfig, stream: MessageSource) -> None:
         """Binds `config.endpoint`. Raises ConfigError and PublishError, each in one line with the remedy."""
         if config.endpoint == "off":
             raise ValueError("endpoint: off means that there is no publisher")
-        self._config, self._camera, self._clock = config, camera, clock
-        self.session_id = session_id if session_id is not None else secrets.token_hex(8)
-        self._histories = {topic: History(1) for topic in (Topic.STATUS, Topic.CAMERA)}
+        self._config, self.stream = config, stream
+        self._histories = {topic: History(1) for topic in LOGGED_TOPICS}
         self._histories[Topic.POSE] = History(config.max_snapshot_poses)
-        self.num_sent = dict.fromkeys(PUBLISHED_TOPICS, 0)
         self.num_refused = 0
         self._num_answers = 0
-        self._last_pose: PoseEstimate | None = None
-        self._report = StatusReport(RunState.RUNNING, heartbeat_hz=config.heartbeat_hz)
         self._lock = threading.Lock()
+        self._close_lock = threading.Lock()
         self._is_closed = False
         self._close_deadline_s: float | None = None
         self._context = zmq.Context()
@@ -168,6 +153,7 @@ class Publisher:
         except (VoError, zmq.ZMQError):
             self._context.destroy(linger=0)
             raise
+        stream.add_consumer(self._send)
         self._thread = threading.Thread(target=self._serve, name="publisher", daemon=True)
         self._thread.start()
 
@@ -175,61 +161,29 @@ class Publisher:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if error_type is None:
-            self.close()
-        else:
-            self.close(RunState.INTERRUPTED if issubclass(error_type, KeyboardInterrupt) else RunState.FAILED)
+        self.close(final_state(error_type))
 
-    def publish_pose(self, pose: PoseEstimate) -> None:
-        """Publishes one pose, also that of a frame that is lost."""
-        with self._lock:
-            self._check_open()
-            self._last_pose = pose
-            self._send(Topic.POSE, pose)
-
-    def publish_tracks(self, tracks: FrameTracks) -> None:
-        """Publishes the tracks of one frame, after its pose; does nothing where the configuration leaves them out."""
-        if not self._config.publish_tracks:
-            return
-        with self._lock:
-            self._check_open()
-            self._send(Topic.TRACKS, tracks)
-
-    def publish_status(
-        self, state: RunState = RunState.RUNNING, *, fps: float = 0.0, num_frames: int = 0, num_dropped: int = 0
-    ) -> None:
-        """Says how the run is doing. A new state goes out at once, figures with the next heartbeat: call it freely."""
-        heartbeat_hz = self._config.heartbeat_hz
-        report = StatusReport(state, fps, num_frames, num_dropped, heartbeat_hz=heartbeat_hz)
-        with self._lock:
-            self._check_open()
-            is_new = report.state is not self._report.state
-            self._report = report
-            if is_new:
-                self._send_status()
+    @property
+    def session_id(self) -> str:
+        return self.stream.session_id
 
     def close(self, state: RunState = RunState.FINISHED) -> None:
-        """Publishes the final state and ends within the configured linger; safe to call twice.
+        """Finishes the stream and ends within the configured linger; safe to call twice.
 
         Consumers that asked for a snapshot are waited for until they have everything and say goodbye. A final state
         that was published before is kept.
         """
-        if not state.is_final:
-            raise ValueError(f"state: {state.value} is not final")
-        with self._lock:
+        with self._close_lock:
             if self._is_closed:
                 return
-            if not self._report.state.is_final:
-                report = self._report
-                self._report = StatusReport(
-                    state, report.fps, report.num_frames, report.num_dropped, heartbeat_hz=report.heartbeat_hz
-                )
-            self._send_status()
+            self.stream.finish(state)
             self._is_closed = True
-            self._close_deadline_s = time.monotonic() + self._config.linger_ms / 1000
+        deadline_s = time.monotonic() + self._config.linger_ms / 1000
+        self._close_deadline_s = deadline_s
         self._waker.send(b"")
         self._thread.join()
-        remaining_ms = max(0, int((self._close_deadline_s - time.monotonic()) * 1000))
+        self.stream.remove_consumer(self._send)
+        remaining_ms = max(0, int((deadline_s - time.monotonic()) * 1000))
         self._waker.close(linger=0)
         self._publisher.close(linger=remaining_ms)
         self._router.close(linger=remaining_ms)
@@ -238,6 +192,7 @@ class Publisher:
     def _open_sockets(self) -> None:
         self._publisher = self._context.socket(zmq.PUB)
         self._publisher.set_hwm(self._config.send_hwm)
+        self._publisher.maxmsgsize = MAX_REQUEST_BYTES  # of what consumers send: their subscriptions
         self._router = self._context.socket(zmq.ROUTER)
         self._router.sndhwm = SNAPSHOT_QUEUE
         self._router.maxmsgsize = MAX_REQUEST_BYTES
@@ -248,47 +203,15 @@ class Publisher:
         self._waker.bind("inproc://waker")
         self._wakened.connect("inproc://waker")
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ValueError("the publisher is closed")
-
-    def _send(self, topic: Topic, body: Body) -> None:
-        """Publishes and keeps one message; the lock is held."""
-        data = encode(Message(self._header(topic, self.num_sent[topic], body), body))
-        self._publisher.send(data, zmq.NOBLOCK)
-        self.num_sent[topic] += 1
-        if topic in self._histories:
-            self._histories[topic].add(data)
-
-    def _send_status(self) -> None:
-        """Publishes the last report with the present counts; the lock is held."""
-        report = self._report
-        self._send(
-            Topic.STATUS,
-            StatusReport(
-                report.state,
-                report.fps,
-                report.num_frames,
-                report.num_dropped,
-                dict(self.num_sent),
-                report.heartbeat_hz,
-            ),
-        )
-
-    def _header(self, topic: Topic, sequence: int, body: Body) -> Header:
-        frame = body if isinstance(body, PoseEstimate | FrameTracks) else self._last_pose
-        return Header(
-            topic=topic,
-            session_id=self.session_id,
-            sequence=sequence,
-            publish_time_ns=self._clock(),
-            status=TrackingStatus.INITIALIZING if self._last_pose is None else self._last_pose.status,
-            frame_index=None if frame is None else frame.frame_index,
-            capture_time_ns=None if frame is None else frame.timestamp_ns,
-        )
+    def _send(self, message: EncodedMessage) -> None:
+        """Sends and keeps one message of the stream, which calls this from one thread at a time."""
+        self._publisher.send(message.data, zmq.NOBLOCK)
+        with self._lock:
+            if message.topic in self._histories:
+                self._histories[message.topic].add(message.data, message.sequence)
 
     def _serve(self) -> None:
-        """The thread: heartbeats and snapshots until the run is closed and nobody is waited for any more."""
+        """The thread: heartbeats and answers until the run is closed and nobody is waited for any more."""
         with self._wakened:  # left open, it would keep `close` waiting, whatever happened here
             self._serve_until_closed()
 
@@ -297,28 +220,18 @@ class Publisher:
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wakened, zmq.POLLIN)
         waited_for: dict[bytes, None] = {}
-        next_heartbeat_s = time.monotonic()
         while True:
             now_s, deadline_s = time.monotonic(), self._close_deadline_s
             if deadline_s is not None and (not waited_for or now_s >= deadline_s):
                 break
-            if now_s >= next_heartbeat_s:
-                self._beat()
-                # At the end the queue of a consumer that lags may be full and drop the final status: say it again.
-                next_heartbeat_s = now_s + (FINAL_PERIOD_S if self._is_closed else 1 / self._config.heartbeat_hz)
-            wait_s = min(next_heartbeat_s, math.inf if deadline_s is None else deadline_s) - now_s
+            wait_s = self.stream.beat_if_due()
+            if deadline_s is not None:
+                wait_s = min(wait_s, deadline_s - now_s)
             events = dict(poller.poll(max(0, int(wait_s * 1000) + 1)))
             if self._wakened in events:
                 self._wakened.recv()
-                next_heartbeat_s = now_s
             if self._router in events:
                 self._answer(self._router.recv_multipart(), waited_for)
-
-    def _beat(self) -> None:
-        """The heartbeat, with the camera: a consumer needs no snapshot to get it."""
-        with self._lock:
-            self._send(Topic.CAMERA, self._camera)
-            self._send_status()
 
     def _answer(self, parts: list[bytes], waited_for: dict[bytes, None]) -> None:
         """Answers one request: the sender's identity, with or without an empty part (REQ, DEALER), and the request."""
@@ -344,18 +257,20 @@ class Publisher:
     def _snapshot(self, request: Request) -> bytes:
         """As many of the requested messages as go into one answer."""
         if request.topic not in self._histories:
-            raise ProtocolError(f"topic: {request.topic.value} is not kept; ask for pose, camera or status")
+            kept = ", ".join(topic.value for topic in self._histories)
+            raise ProtocolError(f"topic: {request.topic.value} is not kept; ask for {kept}")
         with self._lock:
             history = self._histories[request.topic]
             messages = history.take(request.first_sequence, MAX_SNAPSHOT_MESSAGES, SNAPSHOT_BYTES)
-            snapshot = Snapshot(request.topic, history.oldest_sequence, history.num_added, self._report.state, messages)
-        return self._encode_answer(Topic.SNAPSHOT, snapshot)
+            oldest_sequence, end_sequence = history.oldest_sequence, history.end_sequence
+            state = self.stream.state
+        return self._encode_answer(
+            Topic.SNAPSHOT, Snapshot(request.topic, oldest_sequence, end_sequence, state, messages)
+        )
 
     def _encode_answer(self, topic: Topic, body: Body) -> bytes:
         self._num_answers += 1
-        with self._lock:
-            header = self._header(topic, self._num_answers - 1, body)
-        return encode(Message(header, body))
+        return encode(Message(self.stream.answer_header(topic, self._num_answers - 1), body))
 
 
 # --- subscriber ---

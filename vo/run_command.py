@@ -12,6 +12,7 @@ import torch
 from vo.config import Config
 from vo.config_loader import dump_config, load_config
 from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, select_device
+from vo.message_stream import MessageStream
 from vo.messages import RunState
 from vo.pipeline import run, stop_on_signals
 from vo.progress import Advance, progress
@@ -56,9 +57,16 @@ def run_command(request: RunRequest) -> int:
         source = open_source(request.source, camera_file=request.camera_file, fov_deg=request.fov_deg, fps=request.fps)
         resources.callback(source.close)
         recorder = resources.enter_context(Recorder(request.output)) if request.output is not None else None
-        publisher = None
+        # Whoever records the stream is entered before it, so that the final state reaches it; sockets come last.
+        stream = resources.enter_context(
+            MessageStream(
+                source.camera,
+                heartbeat_hz=config.publisher.heartbeat_hz,
+                with_tracks=config.publisher.publish_tracks,
+            )
+        )
         if config.publisher.endpoint != "off":
-            publisher = resources.enter_context(Publisher(config.publisher, source.camera))
+            resources.enter_context(Publisher(config.publisher, stream))
         device = select_device(config.frontend.device)
         config, frontend = load_frontend(config, device, request)
         if recorder is not None:
@@ -72,7 +80,7 @@ def run_command(request: RunRequest) -> int:
                         config,
                         source,
                         frontend,
-                        sinks(publisher, recorder, poses, meter, advance),
+                        sinks(stream, recorder, poses, meter, advance),
                         is_paced=request.is_realtime,
                         max_frames=request.max_frames,
                         stop=stop,
@@ -83,8 +91,8 @@ def run_command(request: RunRequest) -> int:
                 report(
                     source, frontend, recorder, poses, meter, is_interrupted=is_interrupted, is_quiet=request.is_quiet
                 )
-        if is_interrupted and publisher is not None:
-            publisher.close(RunState.INTERRUPTED)
+        if is_interrupted:
+            stream.finish(RunState.INTERRUPTED)
     return INTERRUPTED if is_interrupted else 0
 
 
@@ -118,15 +126,16 @@ def num_frames(source: Source, max_frames: int | None) -> int | None:
 
 
 def sinks(
-    publisher: Publisher | None, recorder: Recorder | None, poses: PoseLog, meter: RunMeter, advance: Advance
+    stream: MessageStream, recorder: Recorder | None, poses: PoseLog, meter: RunMeter, advance: Advance
 ) -> tuple[Sink, ...]:
     """Where every result goes: out of the process first, to the disk, to the evaluation, to the terminal."""
 
     def publish(result: FrameResult) -> None:
-        if publisher is not None:
-            publisher.publish_pose(result.step.pose)
-            publisher.publish_tracks(result.step.tracks)
-            publisher.publish_status(fps=meter.fps, num_frames=meter.num_processed + 1, num_dropped=meter.num_dropped)
+        stream.publish_pose(result.step.pose)
+        stream.publish_tracks(result.step.tracks)
+        if result.step.map_update is not None:
+            stream.publish_map(result.step.map_update)
+        stream.publish_status(fps=meter.fps, num_frames=meter.num_processed + 1, num_dropped=meter.num_dropped)
 
     def record(result: FrameResult) -> None:
         if recorder is not None:

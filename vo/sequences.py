@@ -25,32 +25,41 @@ class Gap:
 
 
 class History:
-    """The last `capacity` messages of a topic, numbered from 0 as they are added."""
+    """The last `capacity` messages of a topic; their numbers follow each other, from whichever came first.
+
+    end_sequence  one more than the number of the last message.
+    """
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
         self._capacity = capacity
         self._ring: list[bytes] = []
-        self.num_added = 0
+        self._base = 0
+        self.end_sequence = 0
 
     @property
     def oldest_sequence(self) -> int:
-        return self.num_added - len(self._ring)
+        return self.end_sequence - len(self._ring)
 
-    def add(self, message: bytes) -> None:
+    def add(self, message: bytes, sequence: int) -> None:
+        """Keeps one more; where numbers were left out before it, nothing older can be given any more."""
+        if sequence != self.end_sequence:
+            self._ring.clear()
+        if not self._ring:
+            self._base = sequence
         if len(self._ring) < self._capacity:
             self._ring.append(message)
         else:
-            self._ring[self.num_added % self._capacity] = message
-        self.num_added += 1
+            self._ring[(sequence - self._base) % self._capacity] = message
+        self.end_sequence = sequence + 1
 
     def take(self, first_sequence: int, max_messages: int, max_bytes: int) -> tuple[bytes, ...]:
         """Messages from `first_sequence`, or the oldest one kept, within both limits; always one if there is one."""
         messages: list[bytes] = []
         num_bytes = 0
-        for sequence in range(max(first_sequence, self.oldest_sequence), self.num_added):
-            message = self._ring[sequence % self._capacity]
+        for sequence in range(max(first_sequence, self.oldest_sequence), self.end_sequence):
+            message = self._ring[(sequence - self._base) % self._capacity]
             num_bytes += len(message)
             if messages and (len(messages) == max_messages or num_bytes > max_bytes):
                 break
