@@ -26,7 +26,7 @@ LAYERS = (
         "vo.bundle",
         "vo.trajectory",
     },
-    {"vo.window", "vo.inbox", "vo.message_stream", "vo.evaluation", "vo.plots", "vo.summary"},
+    {"vo.window", "vo.inbox", "vo.message_stream", "vo.preview", "vo.evaluation", "vo.plots", "vo.summary"},
     {"vo.odometry", "vo.publisher", "vo.recorder", "vo.frontend"},
     {"vo.run_meter", "vo.listen", "vo.eval_runs", "vo.eval_report", "vo.eval_command"},
     {"vo.stages", "vo.progress", "vo.doctor"},

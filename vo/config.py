@@ -57,13 +57,15 @@ class OdometryConfig:
 
 @dataclass(frozen=True, slots=True)
 class PublisherConfig:
-    """Poses and tracks on a socket of this machine (docs/PROTOCOL.md).
+    """What a run says, and the sockets on which it says it (docs/PROTOCOL.md).
 
-    `endpoint` binds two ports: the one it names for messages, and the next one for snapshots. A queue of
-    `send_hwm` messages holds what a consumer has not taken yet, each consumer its own; a full one drops what is new.
+    `endpoint` binds two ports: the one it names for messages, and the next one for requests. A queue of `send_hwm`
+    messages holds what a consumer has not taken yet, each consumer its own; a full one drops what is new. Other
+    machines are let in only with `keys`. Tracks and images that are left out here are left out of recordings too.
     """
 
     endpoint: str = setting("tcp://127.0.0.1:5570", help='where to publish, "tcp://127.0.0.1:PORT" or "off"')
+    keys: str = setting("", help="directory that `vo keys` made; with it only clients listed there get anything")
     send_hwm: int = setting(2048, minimum=1, maximum=100_000, help="messages queued for a consumer that lags")
     linger_ms: int = setting(
         500, minimum=0, maximum=60_000, help="longest wait at the end for consumers to catch up, ms"
@@ -73,6 +75,15 @@ class PublisherConfig:
     max_snapshot_poses: int = setting(
         100_000, minimum=1, maximum=10_000_000, help="latest poses kept for late joiners, about 1 kB each"
     )
+    max_snapshot_keyframes: int = setting(
+        20_000, minimum=1, maximum=1_000_000, help="latest keyframes kept for late joiners, about 150 bytes each"
+    )
+    max_snapshot_landmarks: int = setting(
+        200_000, minimum=1, maximum=10_000_000, help="latest landmarks kept for late joiners, about 40 bytes each"
+    )
+    image_hz: float = setting(10.0, minimum=0.0, maximum=1000.0, help="images a second of the recording, 0: none, Hz")
+    image_max_size_px: int = setting(640, minimum=16, maximum=8192, help="longest side of a published image, px")
+    image_quality: int = setting(75, minimum=1, maximum=100, help="JPEG quality of a published image")
 
     def __post_init__(self) -> None:
         check_settings(self)

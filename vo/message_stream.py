@@ -118,6 +118,11 @@ class MessageStream:
     def state(self) -> RunState:
         return self._report.state
 
+    @property
+    def has_consumers(self) -> bool:
+        """Whether anybody listens; what is costly to make can be left out otherwise."""
+        return bool(self._consumers)
+
     def add_consumer(self, consumer: Consumer) -> None:
         """Hands every message from now on to `consumer`, in order, in the thread that publishes: it must not wait."""
         with self._lock:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from vo.config import Config
+from vo.config import Config, PublisherConfig
 from vo.config_loader import dump_config, load_config
 from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, select_device
 from vo.message_stream import MessageStream
 from vo.messages import RunState
 from vo.pipeline import run, stop_on_signals
+from vo.preview import ImagePreview
 from vo.progress import Advance, progress
 from vo.publisher import Publisher
 from vo.recorder import Recorder
@@ -80,7 +81,7 @@ def run_command(request: RunRequest) -> int:
                         config,
                         source,
                         frontend,
-                        sinks(stream, recorder, poses, meter, advance),
+                        sinks(stream, image_preview(config.publisher), recorder, poses, meter, advance),
                         is_paced=request.is_realtime,
                         max_frames=request.max_frames,
                         stop=stop,
@@ -125,8 +126,17 @@ def num_frames(source: Source, max_frames: int | None) -> int | None:
     return min(known, default=None)
 
 
+def image_preview(config: PublisherConfig) -> ImagePreview:
+    return ImagePreview(config.image_hz, config.image_max_size_px, config.image_quality)
+
+
 def sinks(
-    stream: MessageStream, recorder: Recorder | None, poses: PoseLog, meter: RunMeter, advance: Advance
+    stream: MessageStream,
+    preview: ImagePreview,
+    recorder: Recorder | None,
+    poses: PoseLog,
+    meter: RunMeter,
+    advance: Advance,
 ) -> tuple[Sink, ...]:
     """Where every result goes: out of the process first, to the disk, to the evaluation, to the terminal."""
 
@@ -135,6 +145,9 @@ def sinks(
         stream.publish_tracks(result.step.tracks)
         if result.step.map_update is not None:
             stream.publish_map(result.step.map_update)
+        image = preview.take(result.captured.frame) if stream.has_consumers else None
+        if image is not None:
+            stream.publish_image(image)
         stream.publish_status(fps=meter.fps, num_frames=meter.num_processed + 1, num_dropped=meter.num_dropped)
 
     def record(result: FrameResult) -> None:
