@@ -25,9 +25,13 @@ LAYERS = (
         "vo.tracks",
         "vo.bundle",
         "vo.trajectory",
+        "vo.recording",
+        "vo.foxglove",
+        "vo.camera_models",
+        "vo.tracks_archive",
     },
     {"vo.window", "vo.inbox", "vo.message_stream", "vo.preview", "vo.evaluation", "vo.plots", "vo.summary"},
-    {"vo.odometry", "vo.publisher", "vo.recorder", "vo.frontend"},
+    {"vo.odometry", "vo.publisher", "vo.recorder", "vo.frontend", "vo.mcap_recorder", "vo.replay", "vo.export_scene"},
     {"vo.run_meter", "vo.listen", "vo.eval_runs", "vo.eval_report", "vo.eval_command"},
     {"vo.stages", "vo.progress", "vo.doctor"},
     {"vo.pipeline"},
@@ -41,6 +45,8 @@ ONLY_IMPORTERS = {
     "zmq": {"vo/publisher.py"},
     "evo": {"vo/evaluation.py"},
     "open3d": {"vo/viewer.py"},
+    "mcap": {"vo/recording.py"},
+    "foxglove_schemas_protobuf": {"vo/foxglove.py"},
 }
 
 
