@@ -38,6 +38,7 @@ POSE_TOPIC = "/camera/pose"
 TRANSFORM_TOPIC = "/tf"
 CALIBRATION_TOPIC = "/camera/calibration"
 IMAGE_TOPIC = "/camera/image"
+KEYFRAME_TOPIC = "/camera/keyframe"
 KEYFRAMES_TOPIC = "/keyframes"
 LANDMARKS_TOPIC = "/landmarks"
 CAMERA_FRAME = "camera"
@@ -66,6 +67,7 @@ def channels() -> tuple[ChannelSpec, ...]:
         (TRANSFORM_TOPIC, FrameTransform),
         (CALIBRATION_TOPIC, CameraCalibration),
         (IMAGE_TOPIC, CompressedImage),
+        (KEYFRAME_TOPIC, CompressedImage),
         (KEYFRAMES_TOPIC, PosesInFrame),
         (LANDMARKS_TOPIC, PointCloud),
     )
@@ -118,10 +120,15 @@ def from_camera(camera: Camera, time_ns: int) -> tuple[FoxgloveMessage, ...]:
     return (FoxgloveMessage(CALIBRATION_TOPIC, calibration.SerializeToString()),)
 
 
-def from_jpeg(jpeg: bytes, time_ns: int) -> tuple[FoxgloveMessage, ...]:
+def from_jpeg(jpeg: bytes, time_ns: int, topic: str = IMAGE_TOPIC) -> tuple[FoxgloveMessage, ...]:
     """The image of the camera."""
     image = CompressedImage(timestamp=_timestamp(time_ns), frame_id=CAMERA_FRAME, data=jpeg, format="jpeg")
-    return (FoxgloveMessage(IMAGE_TOPIC, image.SerializeToString()),)
+    return (FoxgloveMessage(topic, image.SerializeToString()),)
+
+
+def jpeg_of(data: bytes) -> bytes:
+    """The JPEG file in the bytes of a CompressedImage."""
+    return bytes(CompressedImage.FromString(data).data)
 
 
 def from_keyframes(T_world_keyframes: FloatArray, segment_id: int, time_ns: int) -> tuple[FoxgloveMessage, ...]:

@@ -10,11 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from vo import __version__, foxglove
 from vo.camera_models import scaled_camera
+from vo.foxglove import KEYFRAME_TOPIC
 from vo.message_stream import EncodedMessage
 from vo.messages import (
     PUBLISHED_TOPICS,
@@ -27,8 +29,9 @@ from vo.messages import (
     decode,
 )
 from vo.output import OutputError
+from vo.preview import compressed_image
 from vo.recording import ChannelSpec, RecordingWriter
-from vo.types import Camera, PoseEstimate
+from vo.types import Camera, Frame, PoseEstimate
 
 MAX_QUEUE_BYTES = 64 * 1024 * 1024
 COMMIT_PERIOD_S = 0.5
@@ -39,9 +42,15 @@ MAX_WAITING = 1000
 EARLIEST_UNIX_NS = 946_684_800 * 1_000_000_000
 
 
+_DRAWN_TOPICS = frozenset({Topic.POSE, Topic.KEYFRAME, Topic.POINTS, Topic.IMAGE, Topic.CAMERA})
+
+
 def own_topic(topic: Topic) -> str:
     """The channel that holds the messages of a topic as they were published."""
     return f"lightvo/{topic.value}"
+
+
+_OWN_TOPICS = frozenset(own_topic(topic) for topic in PUBLISHED_TOPICS)
 
 
 class McapRecorder:
@@ -60,22 +69,28 @@ class McapRecorder:
         path: Path,
         source: str = "",
         *,
+        keyframe_quality: int = 90,
         on_failure: Callable[[OutputError], None] | None = None,
         max_queue_bytes: int = MAX_QUEUE_BYTES,
     ) -> None:
-        """Makes the file. Raises OutputError where that is not possible, or where it exists already."""
+        """Makes the file. Raises OutputError where that is not possible, or where it exists already.
+
+        source            where the frames come from, for the reader of the file.
+        keyframe_quality  JPEG quality of the images of keyframes, 0: none.
+        """
         own = tuple(ChannelSpec(own_topic(topic), SCHEMA) for topic in PUBLISHED_TOPICS)
         self._writer = RecordingWriter(path, (*own, *foxglove.channels()))
         self._source, self._on_failure, self._max_queue_bytes = source, on_failure, max_queue_bytes
+        self._keyframe_quality = keyframe_quality
         self.path = path
         self.num_recorded = 0
         self.num_lost = 0
         self.failure: OutputError | None = None
-        self._queue: deque[EncodedMessage] = deque()
+        self._queue: deque[EncodedMessage | Frame] = deque()
         self._num_queue_bytes = 0
         self._num_uncommitted = 0
         self._changed = threading.Condition()
-        self._is_closing = self._is_finished = False
+        self._is_closing = self._is_finished = self._has_metadata = False
         self._converter = _Converter()
         self._thread = threading.Thread(target=self._work, name="mcap recorder", daemon=True)
         self._thread.start()
@@ -87,13 +102,22 @@ class McapRecorder:
 
     def add(self, message: EncodedMessage) -> None:
         """Takes a message to record; never waits."""
+        self._put(message, is_image=message.topic is Topic.IMAGE)
+
+    def add_keyframe(self, frame: Frame) -> None:
+        """Takes the image of a keyframe, after its pose, to record it in full; never waits."""
+        if self._keyframe_quality:
+            self._put(frame, is_image=True)
+
+    def _put(self, item: EncodedMessage | Frame, is_image: bool) -> None:
+        num_bytes = _num_bytes(item)
         with self._changed:
-            share = self._max_queue_bytes // (2 if message.topic is Topic.IMAGE else 1)
-            if self.failure or self._is_closing or self._num_queue_bytes + len(message.data) > share:
+            limit = self._max_queue_bytes // (2 if is_image else 1)
+            if self.failure or self._is_closing or self._num_queue_bytes + num_bytes > limit:
                 self.num_lost += 1
                 return
-            self._queue.append(message)
-            self._num_queue_bytes += len(message.data)
+            self._queue.append(item)
+            self._num_queue_bytes += num_bytes
             self._changed.notify()
 
     def close(self) -> None:
@@ -124,7 +148,10 @@ class McapRecorder:
                 self._writer.finish()
             except OutputError as error:
                 self._fail(error)
-            self._is_finished = True
+        if self._converter.clock_shift_ns is None:
+            # A run that ended before its first frame leaves nothing that would be in the way of the next one.
+            self.path.unlink(missing_ok=True)
+        self._is_finished = True
 
     def _record_next(self) -> bool:
         """Records what comes in one period and commits it; False when nothing can follow."""
@@ -137,22 +164,22 @@ class McapRecorder:
                     if self._is_closing:
                         break
                     continue
-                message = self._queue.popleft()
-                self._num_queue_bytes -= len(message.data)
-            self._record(message)
+                item = self._queue.popleft()
+                self._num_queue_bytes -= _num_bytes(item)
+            self._record(item)
         with self._changed:
             is_over = self._is_closing and not self._queue
-        if is_over:
-            self._write(self._converter.rest())
         self._writer.commit()
         self.num_recorded += self._num_uncommitted
         self._num_uncommitted = 0
         return not is_over
 
-    def _record(self, message: EncodedMessage) -> None:
-        shift_ns = self._converter.clock_shift_ns
-        entries = self._converter.convert(message)
-        if shift_ns is None and self._converter.clock_shift_ns is not None:
+    def _record(self, item: EncodedMessage | Frame) -> None:
+        if isinstance(item, Frame):
+            entries = self._converter.convert_keyframe(item, self._keyframe_quality)
+        else:
+            entries = self._converter.convert(item)
+        if entries and not self._has_metadata:
             self._writer.add_metadata(
                 {
                     "schema": SCHEMA,
@@ -162,12 +189,10 @@ class McapRecorder:
                     "clock_shift_ns": str(self._converter.clock_shift_ns),
                 }
             )
-        self._write(entries)
-
-    def _write(self, entries: list[_Entry]) -> None:
-        for topic, data, time_ns, message in entries:
-            self._writer.add(topic, data, time_ns, message.publish_ns, message.sequence & MAX_SEQUENCE)
-            self._num_uncommitted += topic == own_topic(message.topic)
+            self._has_metadata = True
+        for entry in entries:
+            self._writer.add(entry.topic, entry.data, entry.time_ns, entry.publish_ns, entry.sequence & MAX_SEQUENCE)
+            self._num_uncommitted += entry.topic in _OWN_TOPICS
 
     def _fail(self, error: OutputError) -> None:
         with self._changed:
@@ -179,8 +204,15 @@ class McapRecorder:
             self._on_failure(error)
 
 
-_Entry = tuple[str, bytes, int, EncodedMessage]
-_DRAWN_TOPICS = frozenset({Topic.POSE, Topic.KEYFRAME, Topic.POINTS, Topic.IMAGE, Topic.CAMERA})
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    """A message of the file, on its way there."""
+
+    topic: str
+    data: bytes
+    time_ns: int
+    publish_ns: int
+    sequence: int
 
 
 class _Converter:
@@ -208,19 +240,31 @@ class _Converter:
                 return []
             self.session_id = header.session_id
             self.clock_shift_ns = 0 if capture_ns >= EARLIEST_UNIX_NS else message.publish_ns - capture_ns
-        return self._take(max(0, message.capture_ns + self.clock_shift_ns))
+        return self._take(self._time_ns(message.capture_ns))
 
-    def rest(self) -> list[_Entry]:
-        """The messages of a run that never had a frame, at the time of their publication."""
-        return self._take(self._waiting[0].publish_ns) if self._waiting else []
+    def convert_keyframe(self, frame: Frame, quality: int) -> list[_Entry]:
+        """The image of a keyframe as a JPEG of full size; its sequence number is the frame's index."""
+        if self.clock_shift_ns is None:
+            return []
+        time_ns = self._time_ns(frame.timestamp_ns)
+        jpeg = compressed_image(frame, max(frame.image.shape[:2]), quality).data.tobytes()
+        return [
+            _Entry(KEYFRAME_TOPIC, part.data, time_ns, time.time_ns(), frame.index)
+            for part in foxglove.from_jpeg(jpeg, time_ns, KEYFRAME_TOPIC)
+        ]
+
+    def _time_ns(self, capture_ns: int) -> int:
+        """A time of the sensor's clock on that of the recording, which knows no time before 1970."""
+        return max(0, capture_ns + (self.clock_shift_ns or 0))
 
     def _take(self, time_ns: int) -> list[_Entry]:
         entries: list[_Entry] = []
         for message in self._waiting:
-            entries.append((own_topic(message.topic), message.data, time_ns, message))
+            parts = [(own_topic(message.topic), message.data)]
             if message.topic in _DRAWN_TOPICS:
                 drawn = self._foxglove(decode(message.data).body, time_ns)
-                entries += [(part.topic, part.data, time_ns, message) for part in drawn]
+                parts += [(part.topic, part.data) for part in drawn]
+            entries += [_Entry(topic, data, time_ns, message.publish_ns, message.sequence) for topic, data in parts]
         self._waiting.clear()
         return entries
 
@@ -249,3 +293,7 @@ class _Converter:
             return ()
         width, height = self._image_size or (self._camera.width, self._camera.height)
         return foxglove.from_camera(scaled_camera(self._camera, width, height), time_ns)
+
+
+def _num_bytes(item: EncodedMessage | Frame) -> int:
+    return item.image.nbytes if isinstance(item, Frame) else len(item.data)

@@ -69,6 +69,7 @@ class RecordedMessage:
     data: bytes
     time_ns: int
     publish_ns: int
+    sequence: int
 
 
 # --- writing ---
@@ -267,7 +268,7 @@ class Recording:
                     topic = channels[record.channel_id].topic
                     is_wanted = topics is None or topic in topics
                     if is_wanted and _overlaps(record.log_time, record.log_time, start_ns, end_ns):
-                        yield RecordedMessage(topic, record.data, record.log_time, record.publish_time)
+                        yield RecordedMessage(topic, record.data, record.log_time, record.publish_time, record.sequence)
 
 
 def _overlaps(first_ns: int, last_ns: int, start_ns: int | None, end_ns: int | None) -> bool:
