@@ -69,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_listen(commands)
+    _add_replay(commands)
+    _add_recording(commands)
     _add_eval(commands)
     _add_bench(commands)
     _add_weights(commands)
@@ -89,6 +91,8 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--set", metavar="A.B=V", action="append", default=[], help="change one key of it; repeatable")
     parser.add_argument("--output", metavar="DIR", type=Path, help="write trajectory, summary, config and plot there")
     parser.add_argument("--publish", metavar="ENDPOINT", help=f"where to publish, or off (default: {DEFAULT_ENDPOINT})")
+    parser.add_argument("--record", metavar="F.mcap", type=Path, help="record all messages, for replay and Foxglove")
+    parser.add_argument("--save-tracks", action="store_true", help="write the tracks of every frame to DIR/tracks")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
     parser.add_argument("--max-frames", metavar="N", type=_positive, help="stop after so many frames")
     parser.add_argument("--realtime", action="store_true", help="replay a file at its own pace, dropping late frames")
@@ -111,6 +115,32 @@ def _add_listen(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--timeout-s", metavar="S", type=float, help="end after so long without a message")
     parser.add_argument("--until-finished", action="store_true", help="end with the run")
     parser.set_defaults(command=_listen)
+
+
+def _add_replay(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("replay", help="publish a recording again, in its own rhythm")
+    parser.add_argument("recording", metavar="F.mcap", type=Path, help="what vo run --record wrote")
+    parser.add_argument("--publish", metavar="ENDPOINT", default=DEFAULT_ENDPOINT, help="default: %(default)s")
+    parser.add_argument("--keys", metavar="DIR", default="", help="certificates for consumers on other machines")
+    parser.add_argument("--rate", metavar="R", type=float, default=1.0, help="2 plays twice as fast (default: 1)")
+    parser.add_argument("--start", metavar="S", type=float, default=0.0, help="begin so many seconds in")
+    parser.add_argument("--end", metavar="S", type=float, help="end so many seconds in")
+    parser.add_argument("--delay", metavar="S", type=float, default=0.5, help="wait for consumers (default: 0.5 s)")
+    parser.add_argument("--loop", action="store_true", help="begin again at the end, as another session")
+    parser.add_argument("--quiet", action="store_true", help="errors only")
+    parser.set_defaults(command=_replay)
+
+
+def _add_recording(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("recording", help="look into a recording, or repair one whose run was killed")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    info = actions.add_parser("info", help="what is in it")
+    info.add_argument("recording", metavar="F.mcap", type=Path)
+    info.set_defaults(command=_recording_info)
+    repair = actions.add_parser("repair", help="give it the index that other programs ask for")
+    repair.add_argument("recording", metavar="F.mcap", type=Path)
+    repair.add_argument("--output", metavar="G.mcap", type=Path, help="write there (default: in its own place)")
+    repair.set_defaults(command=_recording_repair)
 
 
 def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -204,6 +234,8 @@ def _run(options: argparse.Namespace) -> int:
             fps=options.fps,
             is_quiet=options.quiet,
             falls_back_to_orb=options.fallback_orb,
+            record=options.record,
+            saves_tracks=options.save_tracks,
         )
     )
 
@@ -220,6 +252,36 @@ def _listen(options: argparse.Namespace) -> int:
         options.until_finished,
     )
     return INTERRUPTED if counts.is_interrupted else 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from vo.replay_command import ReplayRequest, replay_command
+
+    return replay_command(
+        ReplayRequest(
+            options.recording,
+            options.publish,
+            options.keys,
+            options.rate,
+            options.start,
+            options.end,
+            options.delay,
+            options.loop,
+            options.quiet,
+        )
+    )
+
+
+def _recording_info(options: argparse.Namespace) -> int:
+    from vo.replay_command import info_command
+
+    return info_command(options.recording)
+
+
+def _recording_repair(options: argparse.Namespace) -> int:
+    from vo.replay_command import repair_command
+
+    return repair_command(options.recording, options.output)
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -271,7 +333,7 @@ def _weights_list(options: argparse.Namespace) -> int:
         return 0
     for status in statuses:
         entry = status.entry
-        place = f"{status.origin}: {status.path}" if status.path is not None else f"not here: {entry.source_url}"
+        place = f"{status.origin}: {status.path}" if status.path is not None else f"not here: {entry.source_url or entry.page}"
         print(f"{entry.name:28} {entry.licence:13} {entry.architecture}\n{'':28} {place}")
     return 0
 
@@ -287,7 +349,7 @@ def _weights_row(status: WeightsStatus) -> dict[str, str | int | bool | None]:
         "is_ours": entry.is_ours,
         "sha256": entry.sha256,
         "size_bytes": entry.size_bytes,
-        "source_url": entry.source_url,
+        "source_url": entry.source_url or entry.page,
         "origin": str(status.origin) if status.origin is not None else None,
         "path": str(status.path) if status.path is not None else None,
     }

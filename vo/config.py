@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 
 from frontends.aliked import AlikedConfig
 from frontends.base import check_settings, setting
+from frontends.followed_points import FollowedConfig
 from frontends.lightglue import LightGlueConfig
+from frontends.loftr import LoftrConfig
 from frontends.nearest import NearestConfig
 from frontends.orb import OrbConfig
+from frontends.r2d2 import R2d2Config
 from frontends.xfeat import XFeatConfig
+from frontends.xfeat_star import XFeatStarConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +94,38 @@ class PublisherConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordConfig:
+    """What a recording (--record) holds besides the published messages (docs/RECORDING.md)."""
+
+    keyframe_quality: int = setting(
+        90, minimum=0, maximum=100, help="JPEG quality of the images of keyframes, which are kept in full; 0: none"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
 class FrontendConfig:
     """What turns images into features and matches, and where it runs."""
 
-    extractor: AlikedConfig | XFeatConfig | OrbConfig = field(default_factory=AlikedConfig)
-    matcher: LightGlueConfig | NearestConfig = field(default_factory=LightGlueConfig)
+    extractor: AlikedConfig | XFeatConfig | R2d2Config | OrbConfig | XFeatStarConfig | LoftrConfig = field(
+        default_factory=AlikedConfig
+    )
+    matcher: LightGlueConfig | NearestConfig | FollowedConfig = field(default_factory=LightGlueConfig)
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
 
     def __post_init__(self) -> None:
         check_settings(self)
         if isinstance(self.extractor, OrbConfig) and not isinstance(self.matcher, NearestConfig):
             raise ValueError("matcher: orb has binary descriptors and no learned matcher; set name: nearest")
+        if isinstance(self.extractor, R2d2Config) and not isinstance(self.matcher, NearestConfig):
+            raise ValueError("matcher: no learned matcher knows the descriptors of r2d2; set name: nearest")
+        matches_images = isinstance(self.extractor, XFeatStarConfig | LoftrConfig)
+        if matches_images and not isinstance(self.matcher, FollowedConfig):
+            raise ValueError(f"matcher: {self.extractor.name} matches images and follows points; set name: followed")
+        if isinstance(self.matcher, FollowedConfig) and not matches_images:
+            raise ValueError(f"matcher: followed needs an extractor that matches images, not {self.extractor.name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +153,4 @@ class Config:
     odometry: OdometryConfig = field(default_factory=OdometryConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     publisher: PublisherConfig = field(default_factory=PublisherConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)

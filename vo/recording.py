@@ -26,7 +26,7 @@ try:
     from mcap.data_stream import ReadDataStream
     from mcap.exceptions import McapError
     from mcap.opcode import Opcode
-    from mcap.records import Channel, Chunk, Message, Metadata
+    from mcap.records import Channel, Chunk, Message, Metadata, Schema
     from mcap.stream_reader import CRCValidationError, breakup_chunk
     from mcap.writer import MCAP0_MAGIC, CompressionType, Writer
 except ImportError as error:
@@ -239,11 +239,19 @@ class Recording:
         self.end_ns = max((chunk.end_ns for chunk in self._chunks), default=0)
 
     @property
-    def channels(self) -> tuple[Channel, ...]:
-        """The channels, as the first chunk lists them."""
+    def channel_specs(self) -> tuple[ChannelSpec, ...]:
+        """The channels with their schemas, as the first chunk lists them."""
         with self.path.open("rb") as file:
-            records = (_records(file, self._chunks[0]) or []) if self._chunks else []
-        return tuple(record for record in records if isinstance(record, Channel))
+            records = (_records(file, self._chunks[0]) or ()) if self._chunks else ()
+        schemas = {record.id: record for record in records if isinstance(record, Schema)}
+        specs = []
+        for channel in records:
+            if isinstance(channel, Channel):
+                schema = schemas.get(channel.schema_id, Schema(0, b"", "", ""))
+                specs.append(
+                    ChannelSpec(channel.topic, channel.message_encoding, schema.name, schema.encoding, schema.data)
+                )
+        return tuple(specs)
 
     def messages(
         self, topics: Sequence[str] | None = None, start_ns: int | None = None, end_ns: int | None = None
@@ -252,10 +260,11 @@ class Recording:
 
         Chunks outside the interval are not read. A damaged chunk is left out and noted in `damages`.
         """
-        channels = {channel.id: channel for channel in self.channels}
+        channels: dict[int, Channel] = {}
         with self.path.open("rb") as file:
             for chunk in self._chunks:
-                if not _overlaps(chunk.start_ns, chunk.end_ns, start_ns, end_ns):
+                # The first chunk declares the channels.
+                if channels and not _overlaps(chunk.start_ns, chunk.end_ns, start_ns, end_ns):
                     continue
                 records = _records(file, chunk)
                 if records is None:

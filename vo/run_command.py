@@ -19,12 +19,14 @@ from vo.preview import ImagePreview
 from vo.progress import Advance, progress
 from vo.publisher import Publisher
 from vo.recorder import Recorder
+from vo.run_files import RunFiles, WantedFiles, tracks_directory, write_run_camera
 from vo.run_meter import RunMeter
 from vo.run_report import PoseLog, report
 from vo.sources import Source, open_source
 from vo.stages import FrameResult, Sink
 from vo.types import WeightsError
 
+USER_ERROR = 2
 INTERRUPTED = 130
 
 
@@ -45,10 +47,12 @@ class RunRequest:
     fps: float | None = None
     is_quiet: bool = False
     falls_back_to_orb: bool = False
+    record: Path | None = None
+    saves_tracks: bool = False
 
 
 def run_command(request: RunRequest) -> int:
-    """Runs and reports; the exit code is 0, or 130 where the run was interrupted.
+    """Runs and reports; the exit code is 0, 130 where the run was interrupted, 2 where the disk refused a recording.
 
     What can be refused is refused before the first frame; what has been computed is written whatever happens later.
     Raises VoError in one line.
@@ -58,6 +62,7 @@ def run_command(request: RunRequest) -> int:
         source = open_source(request.source, camera_file=request.camera_file, fov_deg=request.fov_deg, fps=request.fps)
         resources.callback(source.close)
         recorder = resources.enter_context(Recorder(request.output)) if request.output is not None else None
+        files = resources.enter_context(RunFiles(wanted_files(request, config), source.name, is_quiet=request.is_quiet))
         # Whoever records the stream is entered before it, so that the final state reaches it; sockets come last.
         stream = resources.enter_context(
             MessageStream(
@@ -66,12 +71,14 @@ def run_command(request: RunRequest) -> int:
                 with_tracks=config.publisher.publish_tracks,
             )
         )
+        files.follow(stream)
         if config.publisher.endpoint != "off":
             resources.enter_context(Publisher(config.publisher, stream))
         device = select_device(config.frontend.device)
         config, frontend = load_frontend(config, device, request)
         if recorder is not None:
             recorder.write_config(dump_config(config))
+            write_run_camera(recorder.output_dir, source.camera)
         meter, poses = RunMeter(), PoseLog()
         # Around the report too: a Ctrl-C must not cut the writing short.
         with stop_on_signals() as stop:
@@ -81,7 +88,7 @@ def run_command(request: RunRequest) -> int:
                         config,
                         source,
                         frontend,
-                        sinks(stream, image_preview(config.publisher), recorder, poses, meter, advance),
+                        (*sinks(stream, image_preview(config.publisher), recorder, poses, meter, advance), files.add),
                         is_paced=request.is_realtime,
                         max_frames=request.max_frames,
                         stop=stop,
@@ -94,7 +101,17 @@ def run_command(request: RunRequest) -> int:
                 )
         if is_interrupted:
             stream.finish(RunState.INTERRUPTED)
-    return INTERRUPTED if is_interrupted else 0
+    # The disk has refused the recording, which was said when it did; the results themselves are complete.
+    return INTERRUPTED if is_interrupted else USER_ERROR if files.failure else 0
+
+
+def wanted_files(request: RunRequest, config: Config) -> WantedFiles:
+    """What the run is to write besides its results. Raises ConfigError for tracks without a place to go."""
+    return WantedFiles(
+        record=request.record,
+        tracks_directory=tracks_directory(request.output) if request.saves_tracks else None,
+        keyframe_quality=config.record.keyframe_quality,
+    )
 
 
 def requested_config(request: RunRequest) -> Config:
