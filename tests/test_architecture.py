@@ -14,12 +14,14 @@ MODULES = sorted(path.relative_to(ROOT) for package in ("vo", "frontends") for p
 # Lower layers never import higher ones; modules of one layer may know each other.
 LAYERS = (
     {"vo.types", "frontends"},
-    {"vo.config", "vo.geometry", "vo.output", "vo.channel", "vo.wire"},
+    {"vo.config", "vo.geometry", "vo.output", "vo.channel", "vo.wire", "vo.endpoints", "vo.keys"},
     {
         "vo.config_loader",
         "vo.messages",
         "vo.message_types",
         "vo.map_messages",
+        "vo.map_store",
+        "vo.map_merge",
         "vo.sequences",
         "vo.sources",
         "vo.tracks",
@@ -31,8 +33,21 @@ LAYERS = (
         "vo.tracks_archive",
     },
     {"vo.window", "vo.inbox", "vo.message_stream", "vo.preview", "vo.evaluation", "vo.plots", "vo.summary"},
-    {"vo.odometry", "vo.publisher", "vo.recorder", "vo.frontend", "vo.mcap_recorder", "vo.replay", "vo.export_scene"},
+    {"vo.scene", "vo.scene_view", "vo.scene_truth", "vo.scene_panel", "vo.scene_video", "vo.scene_live"},
+    {
+        "vo.odometry",
+        "vo.archive",
+        "vo.publisher",
+        "vo.client",
+        "vo.keys_command",
+        "vo.recorder",
+        "vo.frontend",
+        "vo.mcap_recorder",
+        "vo.replay",
+        "vo.export_scene",
+    },
     {"vo.run_meter", "vo.listen", "vo.eval_runs", "vo.eval_report", "vo.eval_command"},
+    {"vo.scene_feed", "vo.viewer", "vo.view_command", "vo.viewer_process"},
     {"vo.stages", "vo.progress", "vo.doctor"},
     {"vo.pipeline", "vo.run_files"},
     {"vo.run_report", "vo.replay_command"},
@@ -42,7 +57,7 @@ LAYERS = (
     {"vo.__main__"},
 )
 ONLY_IMPORTERS = {
-    "zmq": {"vo/publisher.py"},
+    "zmq": {"vo/publisher.py", "vo/client.py", "vo/keys_command.py"},
     "evo": {"vo/evaluation.py"},
     "open3d": {"vo/viewer.py"},
     "mcap": {"vo/recording.py"},

@@ -69,7 +69,7 @@ def taken(inbox: Inbox) -> list[int]:
 def ask(inbox: Inbox, now_s: float) -> Request | None:
     request = inbox.next_request(now_s)
     if request is not None:
-        inbox.note_request(now_s, was_sent=True)
+        inbox.note_request(request, now_s, was_sent=True)
     return request
 
 
@@ -281,8 +281,9 @@ def test_without_a_connection_it_tries_again_soon_and_then_less_often() -> None:
     inbox = Inbox([Topic.POSE])
     now_s, times_s = 0.0, []
     while now_s < 5:
-        if inbox.next_request(now_s) is not None:
-            inbox.note_request(now_s, was_sent=False)
+        request = inbox.next_request(now_s)
+        if request is not None:
+            inbox.note_request(request, now_s, was_sent=False)
             times_s.append(now_s)
         next_s = inbox.next_request_s
         assert next_s is not None

@@ -185,7 +185,9 @@ def test_losses_and_restarts_are_reported(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_wrong_topics_and_addresses_are_one_line() -> None:
-    with pytest.raises(ConfigError, match="--topic poses: unknown topic; valid: pose, tracks, status, camera"):
+    with pytest.raises(
+        ConfigError, match="--topic poses: unknown topic; valid: pose, tracks, keyframe, points, image, status, camera"
+    ):
         listen("tcp://127.0.0.1:5570", ["poses"])
     with pytest.raises(ConfigError, match=r"give tcp://127\.0\.0\.1:PORT"):
         listen("5570")

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import zmq
 
+from vo.client import Client
 from vo.config import PublisherConfig
+from vo.endpoints import request_endpoint
 from vo.message_stream import MessageStream
 from vo.messages import (
     MAX_REQUEST_BYTES,
@@ -33,7 +35,7 @@ from vo.messages import (
     decode,
     encode_request,
 )
-from vo.publisher import Publisher, PublishError, Subscriber, snapshot_endpoint
+from vo.publisher import Publisher, PublishError
 from vo.types import Camera, ConfigError, FrameTracks, PoseEstimate, TrackingStatus
 
 REPOSITORY = Path(__file__).parents[1]
@@ -79,12 +81,12 @@ def wait_until(condition: Callable[[], bool], meanwhile: Callable[[], object] = 
         meanwhile()
 
 
-def wait_until_heard(subscriber: Subscriber) -> None:
+def wait_until_heard(subscriber: Client) -> None:
     """Until a heartbeat has come: from then on the publisher knows of the subscription."""
     wait_until(lambda: subscriber.inbox.last_heard_s is not None, lambda: subscriber.receive(0.01))
 
 
-def received(subscriber: Subscriber, num_messages: int) -> list[Message]:
+def received(subscriber: Client, num_messages: int) -> list[Message]:
     messages: list[Message] = []
     deadline_s = time.monotonic() + PATIENCE_S
     while len(messages) < num_messages:
@@ -94,7 +96,7 @@ def received(subscriber: Subscriber, num_messages: int) -> list[Message]:
     return messages
 
 
-def all_received(subscriber: Subscriber) -> list[Message]:
+def all_received(subscriber: Client) -> list[Message]:
     """Everything up to the end of the run."""
     messages: list[Message] = []
     deadline_s = time.monotonic() + PATIENCE_S
@@ -132,7 +134,7 @@ def test_every_topic_arrives_as_it_was_published() -> None:
         ANY_PORT, MessageStream(CAMERA, session_id="session", clock=lambda: 123, heartbeat_hz=50.0)
     ) as publisher:
         topics = (Topic.POSE, Topic.TRACKS, Topic.STATUS, Topic.CAMERA)
-        with Subscriber(publisher.endpoint, topics) as subscriber:
+        with Client(publisher.endpoint, topics) as subscriber:
             wait_until_heard(subscriber)
             publisher.stream.publish_pose(a_pose(4))
             publisher.stream.publish_tracks(some_tracks(4, 10))
@@ -162,7 +164,7 @@ def test_burst_reaches_a_consumer_that_keeps_up() -> None:
     """Through the subscription alone: no snapshot fills in."""
     with (
         a_publisher() as publisher,
-        Subscriber(publisher.endpoint, [Topic.POSE, Topic.TRACKS], catch_up=False) as subscriber,
+        Client(publisher.endpoint, [Topic.POSE, Topic.TRACKS], catch_up=False) as subscriber,
     ):
         wait_until_heard(subscriber)
         messages: list[Message] = []
@@ -181,7 +183,7 @@ def test_late_joiner_gets_every_pose_of_the_run() -> None:
     with a_publisher() as publisher:
         for index in range(2500):
             publisher.stream.publish_pose(a_pose(index))
-        with Subscriber(publisher.endpoint) as subscriber:
+        with Client(publisher.endpoint) as subscriber:
             early = received(subscriber, 2500)
             for index in range(2500, 2600):
                 publisher.stream.publish_pose(a_pose(index))
@@ -205,7 +207,7 @@ def test_what_no_longer_is_kept_is_reported_as_lost() -> None:
     with a_publisher(config) as publisher:
         for index in range(250):
             publisher.stream.publish_pose(a_pose(index))
-        with Subscriber(publisher.endpoint) as subscriber:
+        with Client(publisher.endpoint) as subscriber:
             assert sequences(received(subscriber, 100)) == list(range(150, 250))
             (gap,) = subscriber.inbox.take_gaps()
             assert (gap.topic, gap.first_sequence, gap.last_sequence) == (Topic.POSE, 0, 149)
@@ -217,8 +219,8 @@ def test_stuck_consumer_slows_nobody_and_recovers() -> None:
     config = dataclasses.replace(ANY_PORT, send_hwm=100, linger_ms=60_000)
     with (
         a_publisher(config) as publisher,
-        Subscriber(publisher.endpoint, [Topic.POSE, Topic.TRACKS]) as stuck,
-        Subscriber(publisher.endpoint, [Topic.POSE, Topic.TRACKS]) as good,
+        Client(publisher.endpoint, [Topic.POSE, Topic.TRACKS]) as stuck,
+        Client(publisher.endpoint, [Topic.POSE, Topic.TRACKS]) as good,
     ):
         wait_until_heard(stuck)
         wait_until_heard(good)
@@ -248,7 +250,7 @@ def test_stuck_consumer_slows_nobody_and_recovers() -> None:
 def test_conflating_consumer_gets_the_newest() -> None:
     with (
         a_publisher() as publisher,
-        Subscriber(publisher.endpoint, [Topic.POSE, Topic.TRACKS], conflate=True) as subscriber,
+        Client(publisher.endpoint, [Topic.POSE, Topic.TRACKS], conflate=True) as subscriber,
     ):
         newest = {Topic.POSE: -1, Topic.TRACKS: -1}
 
@@ -302,7 +304,7 @@ def test_heartbeat_comes_by_itself_and_a_new_state_at_once() -> None:
 )
 def test_the_end_is_announced(error: type[BaseException] | None, state: RunState) -> None:
     publisher = a_publisher()
-    with Subscriber(publisher.endpoint) as subscriber:
+    with Client(publisher.endpoint) as subscriber:
         wait_until_heard(subscriber)
 
         def run() -> None:
@@ -330,7 +332,7 @@ def test_the_end_is_announced(error: type[BaseException] | None, state: RunState
 
 def test_close_waits_for_consumers_no_longer_than_the_linger(connect: Callable[[int, str], zmq.Socket[bytes]]) -> None:
     def request_snapshot(publisher: Publisher) -> zmq.Socket[bytes]:
-        dealer = connect(zmq.DEALER, snapshot_endpoint(publisher.endpoint))
+        dealer = connect(zmq.DEALER, request_endpoint(publisher.endpoint))
         dealer.send(encode_request(Request(RequestKind.SNAPSHOT)))
         assert dealer.poll(PATIENCE_S * 1000)
         assert isinstance(decode(dealer.recv()).body, Snapshot)
@@ -353,7 +355,7 @@ def test_close_waits_for_consumers_no_longer_than_the_linger(connect: Callable[[
 
 def test_close_does_not_hang_on_a_stuck_consumer() -> None:
     publisher = a_publisher(dataclasses.replace(ANY_PORT, linger_ms=200))
-    with Subscriber(publisher.endpoint, [Topic.TRACKS]) as stuck:
+    with Client(publisher.endpoint, [Topic.TRACKS]) as stuck:
         wait_until_heard(stuck)
         for index in range(1000):
             publisher.stream.publish_tracks(some_tracks(index, 2000))
@@ -364,7 +366,7 @@ def test_close_does_not_hang_on_a_stuck_consumer() -> None:
 
 def test_restart_is_noticed_and_followed() -> None:
     first = a_publisher()
-    with Subscriber(first.endpoint) as subscriber:
+    with Client(first.endpoint) as subscriber:
         wait_until_heard(subscriber)
         first.stream.publish_pose(a_pose(0))
         first.stream.publish_pose(a_pose(1))
@@ -383,7 +385,7 @@ def test_restart_is_noticed_and_followed() -> None:
 def test_subscriber_may_come_first() -> None:
     with a_publisher() as publisher:
         endpoint = publisher.endpoint
-    with Subscriber(endpoint) as subscriber:
+    with Client(endpoint) as subscriber:
         assert subscriber.receive(0.05) is None and subscriber.inbox.session_id is None
         with a_publisher(dataclasses.replace(ANY_PORT, endpoint=endpoint)) as publisher:
             publisher.stream.publish_pose(a_pose(0))
@@ -439,13 +441,13 @@ def test_addresses_that_are_refused(endpoint: str, complaint: str) -> None:
 
 
 def test_addresses_to_connect_to() -> None:
-    assert snapshot_endpoint("tcp://localhost:5570") == "tcp://127.0.0.1:5571"
-    assert snapshot_endpoint("tcp://robot.local:1") == "tcp://robot.local:2"
+    assert request_endpoint("tcp://localhost:5570") == "tcp://127.0.0.1:5571"
+    assert request_endpoint("tcp://robot.local:1") == "tcp://robot.local:2"
     for endpoint in ("tcp://127.0.0.1:*", "tcp://*:5570", "tcp://:1", "http://127.0.0.1:1", "tcp://127.0.0.1:x"):
         with pytest.raises(ConfigError):
-            Subscriber(endpoint)
+            Client(endpoint)
     with pytest.raises(ValueError, match="topics"):
-        Subscriber("tcp://127.0.0.1:5570", [])
+        Client("tcp://127.0.0.1:5570", [])
     with pytest.raises(ValueError, match="off"):
         a_publisher(PublisherConfig(endpoint="off"))
     with a_publisher(dataclasses.replace(ANY_PORT, endpoint="tcp://localhost:*")) as publisher:
@@ -461,7 +463,7 @@ def test_requests_of_strangers_are_answered_or_refused(
 ) -> None:
     with a_publisher() as publisher:
         publisher.stream.publish_pose(a_pose(0))
-        client = connect(kind, snapshot_endpoint(publisher.endpoint))
+        client = connect(kind, request_endpoint(publisher.endpoint))
 
         def answer(request: bytes) -> object:
             client.send(request)
@@ -487,13 +489,13 @@ def test_a_flood_of_rubbish_does_not_harm_the_publisher(connect: Callable[[int, 
     with a_publisher() as publisher:
         publisher.stream.publish_pose(a_pose(0))
         for rubbish in ([b"x" * (MAX_REQUEST_BYTES + 1)], [b"", b"", b"x"], [b"a", b"b"], [b"x"] * 50):
-            client = connect(zmq.DEALER, snapshot_endpoint(publisher.endpoint))
+            client = connect(zmq.DEALER, request_endpoint(publisher.endpoint))
             for _ in range(20):
                 client.send_multipart(rubbish, zmq.NOBLOCK)
         with socket.create_connection(("127.0.0.1", int(publisher.endpoint.rsplit(":", 1)[1]))) as raw:
             raw.sendall(os.urandom(4096))
         wait_until(lambda: publisher.num_refused >= 60)
-        with Subscriber(publisher.endpoint) as subscriber:
+        with Client(publisher.endpoint) as subscriber:
             assert sequences(received(subscriber, 1)) == [0]
 
 
@@ -505,7 +507,7 @@ def test_malformed_messages_are_thrown_away_and_another_version_refused() -> Non
 
 
 def _check_malformed(fake: zmq.Socket[bytes], endpoint: str) -> None:
-    with Subscriber(endpoint) as subscriber:
+    with Client(endpoint) as subscriber:
         assert fake.poll(PATIENCE_S * 1000)
         fake.recv()  # the subscription has arrived
         for _ in range(3):

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+from vo.client import Client
+from vo.endpoints import DEFAULT_ENDPOINT
 from vo.inbox import Inbox
 from vo.messages import PUBLISHED_TOPICS, Header, Message, RunState, StatusReport, Topic, quat_xyzw_from_rotation
-from vo.publisher import Subscriber
 from vo.types import Camera, ConfigError, FrameTracks, PoseEstimate
 
-DEFAULT_ENDPOINT = "tcp://127.0.0.1:5570"
 POLL_S = 0.5
 SILENCE_S = 3.0
 NUM_SHOWN_TRACKS = 3
@@ -57,10 +57,10 @@ def listen(
     wanted = _parsed_topics(topics)
     output = sys.stdout if stream is None else stream
     is_interrupted = False
-    with Subscriber(endpoint, wanted) as subscriber:
-        inbox = subscriber.inbox
+    with Client(endpoint, wanted) as client:
+        inbox = client.inbox
         try:
-            _print_all(subscriber, endpoint, output, as_json, max_messages, timeout_s, until_finished)
+            _print_all(client, endpoint, output, as_json, max_messages, timeout_s, until_finished)
         except KeyboardInterrupt:
             is_interrupted = True
         except BrokenPipeError:
@@ -147,7 +147,7 @@ def _parsed_topics(names: Sequence[str]) -> tuple[Topic, ...]:
 
 
 def _print_all(
-    subscriber: Subscriber,
+    client: Client,
     endpoint: str,
     output: TextIO,
     as_json: bool,
@@ -155,19 +155,19 @@ def _print_all(
     timeout_s: float | None,
     until_finished: bool,
 ) -> None:
-    notes = _Notes(subscriber.inbox, endpoint)
+    notes = _Notes(client.inbox, endpoint)
     num_messages = 0
     last_s = time.monotonic()
     while max_messages is None or num_messages < max_messages:
         now_s = time.monotonic()
         left_s = math.inf if timeout_s is None else last_s + timeout_s - now_s
-        message = subscriber.receive(max(0.0, min(POLL_S, left_s)))
+        message = client.receive(max(0.0, min(POLL_S, left_s)))
         notes.report()
         if message is not None:
             print(as_json_line(message) if as_json else as_text_line(message), file=output, flush=True)
             num_messages += 1
             last_s = time.monotonic()
-        elif (until_finished and subscriber.inbox.is_complete) or left_s <= 0:
+        elif (until_finished and client.inbox.is_complete) or left_s <= 0:
             return
 
 

@@ -242,9 +242,8 @@ class Snapshot:
     next_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("oldest_sequence", "num_sent", "next_segment"):
+        for name in ("oldest_sequence", "num_sent", "next_segment", "next_id"):
             _check_range(name, getattr(self, name), 0)
-        _check_range("next_id", self.next_id, -MAX_INTEGER)
         if (self.next_segment is None) != (self.next_id is None):
             raise ValueError("next_segment, next_id: expected both or none")
         if len(self.messages) > MAX_SNAPSHOT_MESSAGES:
@@ -253,19 +252,25 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Answer to a request that has been served and has nothing else to tell."""
+    """Answer to a request that has been served and has nothing else to tell; `tag` is that of the request."""
 
     request: RequestKind
+    tag: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("tag", self.tag, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Answer to a request that cannot be served, with the reason."""
+    """Answer to a request that cannot be served, with the reason; `tag` is that of the request, 0 if unreadable."""
 
     reason: str
+    tag: int = 0
 
     def __post_init__(self) -> None:
         check_text("reason", self.reason)
+        _check_range("tag", self.tag, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +307,7 @@ class Request:
     first_sequence  of a snapshot of a logged topic: the first message wanted.
     first_segment, first_id   of a snapshot of a map: where the page begins.
     scale           what a scale request brings.
+    tag             any number; the answer repeats it, so that several requests may be under way.
     """
 
     kind: RequestKind
@@ -310,11 +316,11 @@ class Request:
     first_segment: int = 0
     first_id: int = 0
     scale: ScaleReading | None = None
+    tag: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("first_sequence", "first_segment"):
+        for name in ("first_sequence", "first_segment", "first_id", "tag"):
             _check_range(name, getattr(self, name), 0)
-        _check_range("first_id", self.first_id, -MAX_INTEGER)
         if (self.kind is RequestKind.SCALE) != (self.scale is not None):
             raise ValueError("scale: a scale request needs a reading, others have none")
 
@@ -378,6 +384,6 @@ def _check_ids(name: str, ids: NDArray[np.int64], max_length: int) -> int:
     _check_array(name, ids, (None,), np.int64)
     if len(ids) > max_length:
         raise ValueError(f"{name}: {len(ids)} is above {max_length}")
-    if np.any(ids[1:] <= ids[:-1]):
-        raise ValueError(f"{name}: expected rising numbers")
+    if np.any(ids[:1] < 0) or np.any(ids[1:] <= ids[:-1]):
+        raise ValueError(f"{name}: expected rising numbers from 0")
     return len(ids)

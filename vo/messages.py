@@ -144,7 +144,7 @@ def decode(data: bytes | memoryview) -> Message:
 
 def encode_request(request: Request) -> bytes:
     """The bytes of a request: one MessagePack map."""
-    fields: dict[str, object] = {"request": request.kind.value}
+    fields: dict[str, object] = {"request": request.kind.value, "tag": request.tag}
     if request.kind is RequestKind.SNAPSHOT and request.topic in MAP_TOPICS:
         fields |= {
             "topic": request.topic.value,
@@ -169,17 +169,18 @@ def decode_request(data: bytes | memoryview) -> Request:
         raise ProtocolError(f"request of {len(data)} bytes is above {MAX_REQUEST_BYTES}")
     fields = wire.unpack_fields(data)
     kind = fields.choice("request", RequestKind)
+    tag = fields.integer("tag")
     if kind is RequestKind.SCALE:
-        return Request(kind, scale=_decode_scale(fields))
+        return Request(kind, scale=_decode_scale(fields), tag=tag)
     if kind is not RequestKind.SNAPSHOT:
-        return Request(kind)
+        return Request(kind, tag=tag)
     topic = fields.choice("topic", Topic)
     if topic not in PUBLISHED_TOPICS:
         raise ProtocolError(f"topic: {topic.value} is not published")
     if topic in MAP_TOPICS:
-        first_id = fields.integer("first_id", -MAX_INTEGER)
-        return Request(kind, topic, first_segment=fields.integer("first_segment"), first_id=first_id)
-    return Request(kind, topic, fields.integer("first_sequence"))
+        first_segment, first_id = fields.integer("first_segment"), fields.integer("first_id")
+        return Request(kind, topic, first_segment=first_segment, first_id=first_id, tag=tag)
+    return Request(kind, topic, fields.integer("first_sequence"), tag=tag)
 
 
 def _decode_scale(fields: Fields) -> ScaleReading:
@@ -238,9 +239,9 @@ def _encode_body(body: Body) -> tuple[dict[str, object], ArrayMap]:
                 "messages": np.frombuffer(b"".join(body.messages), "|u1"),
             }
         case Reply():
-            return {"request": body.request.value}, {}
+            return {"request": body.request.value, "tag": body.tag}, {}
         case Refusal():
-            return {"reason": body.reason}, {}
+            return {"reason": body.reason, "tag": body.tag}, {}
 
 
 def _encode_pose(pose: PoseEstimate) -> tuple[dict[str, object], ArrayMap]:
@@ -359,16 +360,16 @@ def _decode_snapshot(header: Header, fields: Fields, arrays: Arrays) -> Snapshot
         state=fields.choice("state", RunState),
         messages=tuple(data[start:end] for start, end in itertools.pairwise(ends)),
         next_segment=fields.optional_integer("next_segment"),
-        next_id=fields.optional_integer("next_id", -MAX_INTEGER),
+        next_id=fields.optional_integer("next_id"),
     )
 
 
 def _decode_reply(header: Header, fields: Fields, arrays: Arrays) -> Reply:
-    return Reply(fields.choice("request", RequestKind))
+    return Reply(fields.choice("request", RequestKind), fields.integer("tag"))
 
 
 def _decode_refusal(header: Header, fields: Fields, arrays: Arrays) -> Refusal:
-    return Refusal(fields.text("reason"))
+    return Refusal(fields.text("reason"), fields.integer("tag"))
 
 
 _DECODERS: dict[Topic, Callable[[Header, Fields, Arrays], Body]] = {

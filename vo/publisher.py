@@ -1,149 +1,95 @@
-"""Publishes poses and tracks on ZeroMQ sockets, and receives them. The only module that imports zmq.
+"""Publishes the messages of a run on ZeroMQ sockets, and answers what consumers ask.
 
 A publisher binds two ports: messages go out on the first as they come (PUB), and on the next one (ROUTER) a consumer
-asks for those it missed. docs/PROTOCOL.md is the specification.
+asks for those it missed, and sends requests. docs/PROTOCOL.md is the specification; vo/client.py is the other side.
 """
 
 from __future__ import annotations
 
 import errno
-import re
 import threading
 import time
-from collections.abc import Sequence
-from ipaddress import AddressValueError, IPv4Address
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
+from zmq.utils import z85
 
-from vo.inbox import Inbox
+from vo.archive import Archive
+from vo.client import Client as Subscriber
+from vo.endpoints import check_bindable, request_endpoint
+from vo.keys import ZAP_DOMAIN, ServerKeys, load_server_keys, zap_reply
 from vo.message_stream import EncodedMessage, MessageSource, final_state
 from vo.messages import (
-    LOGGED_TOPICS,
     MAX_REQUEST_BYTES,
-    MAX_SNAPSHOT_MESSAGES,
     Body,
     Message,
     ProtocolError,
     Refusal,
+    Reply,
     Request,
     RequestKind,
     RunState,
-    Snapshot,
+    ScaleReading,
     Topic,
     decode_request,
     encode,
-    encode_request,
 )
-from vo.sequences import History
 from vo.types import ConfigError, VoError
-from vo.wire import MAX_MESSAGE_BYTES
 
-if TYPE_CHECKING:  # the configuration of the frontends imports torch, which a program that only listens can do without
+if TYPE_CHECKING:  # the configuration of the frontends imports torch, which a replay can do without
     from vo.config import PublisherConfig
 
-SNAPSHOT_BYTES = 1024 * 1024
+__all__ = ["PublishError", "Publisher", "Subscriber"]
+
 SNAPSHOT_QUEUE = 8
 MAX_WAITED_FOR = 256
+MAX_SCALE_READINGS = 1024
 MAX_BIND_ATTEMPTS = 50
-
-RECEIVE_HWM = 256
-RECONNECT_MS = 100
-GOODBYE_LINGER_MS = 100
-MAX_DRAINED = 256
+ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
 
 class PublishError(VoError):
     """An address that cannot be bound: names it and the remedy."""
 
 
-# --- addresses ---
-
-
-def snapshot_endpoint(endpoint: str) -> str:
-    """Where the publisher of `endpoint` answers requests: the next port. Raises ConfigError for a bad address."""
-    host, port = _parsed(endpoint)
-    if port is None:
-        raise ConfigError(f"{endpoint}: a port is needed to connect to, as in tcp://127.0.0.1:5570")
-    return f"tcp://{host}:{port + 1}"
-
-
-def _parsed(endpoint: str) -> tuple[str, int | None]:
-    """Host and port of an address; None for any free port."""
-    match = re.fullmatch(r"tcp://([A-Za-z0-9._*-]+):(\d{1,5}|\*)", endpoint)
-    if match is None:
-        raise ConfigError(f"{endpoint}: no address of a publisher; give tcp://127.0.0.1:PORT")
-    port = None if match[2] == "*" else int(match[2])
-    if port is not None and not 1 <= port <= 65534:
-        raise ConfigError(f"{endpoint}: the port must be in 1..65534, since the next one is used too")
-    return ("127.0.0.1" if match[1] == "localhost" else match[1]), port
-
-
-def _parsed_loopback(endpoint: str) -> tuple[str, int | None]:
-    """Like `_parsed`, for binding: refuses what other machines could reach."""
-    host, port = _parsed(endpoint)
-    try:
-        is_loopback = IPv4Address(host).is_loopback
-    except AddressValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise ConfigError(
-            f"{endpoint}: refused, for other machines could read it without encryption; "
-            "bind tcp://127.0.0.1:PORT and forward that port and the next one (ssh -L), or use --publish off"
-        )
-    return host, port
-
-
-def _bind(publisher: zmq.Socket[bytes], router: zmq.Socket[bytes], endpoint: str) -> str:
-    """Binds both sockets to neighbouring ports; returns the address of the first."""
-    host, port = _parsed_loopback(endpoint)
-    if port is not None:
-        _bind_one(publisher, f"tcp://{host}:{port}")
-        _bind_one(router, f"tcp://{host}:{port + 1}")
-        return f"tcp://{host}:{port}"
-    for _ in range(MAX_BIND_ATTEMPTS):
-        _bind_one(publisher, f"tcp://{host}:*")
-        bound = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
-        try:
-            router.bind(snapshot_endpoint(bound))
-        except (zmq.ZMQError, ConfigError):
-            publisher.unbind(bound)
-        else:
-            return bound
-    raise PublishError(f"{endpoint}: found no two free ports that are neighbours; give a port or --publish off")
-
-
-def _bind_one(socket: zmq.Socket[bytes], address: str) -> None:
-    try:
-        socket.bind(address)
-    except zmq.ZMQError as error:
-        reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be bound ({error.strerror})"
-        raise PublishError(f"{address} {reason}; use --publish tcp://127.0.0.1:PORT or --publish off") from error
-
-
-# --- publisher ---
-
-
 class Publisher:
-    """The sockets of one run: what its stream says goes out, and what consumers missed is answered. Nothing here waits.
+    """The sockets of one run: what its stream says goes out, and what consumers ask is answered. Nothing here waits.
 
-    A thread of its own keeps the heart of the stream beating and answers requests.
+    A thread of its own keeps the heart of the stream beating, answers requests, and decides whose key is let in.
 
     endpoint     the address that was bound.
     session_id   names this run.
     num_refused  requests that were malformed or could not be served.
+    num_scale_readings_dropped   readings that nobody took in time.
     """
 
-    def __init__(self, config: PublisherConfig, stream: MessageSource) -> None:
-        """Binds `config.endpoint`. Raises ConfigError and PublishError, each in one line with the remedy."""
+    def __init__(
+        self,
+        config: PublisherConfig,
+        stream: MessageSource,
+        *,
+        on_stop: Callable[[], None] | None = None,
+        accepts_scale: bool = False,
+    ) -> None:
+        """Binds `config.endpoint`. Raises ConfigError and PublishError, each in one line with the remedy.
+
+        on_stop        called from the publisher's thread when a consumer asks to end the run; None: it is refused.
+        accepts_scale  whether somebody calls `take_scale_readings`; otherwise readings are refused.
+        """
         if config.endpoint == "off":
             raise ValueError("endpoint: off means that there is no publisher")
         self._config, self.stream = config, stream
-        self._histories = {topic: History(1) for topic in LOGGED_TOPICS}
-        self._histories[Topic.POSE] = History(config.max_snapshot_poses)
+        self._on_stop, self._accepts_scale = on_stop, accepts_scale
+        self._keys = load_server_keys(Path(config.keys)) if config.keys else None
+        self._archive = Archive(config)
+        self._scale_readings: deque[ScaleReading] = deque()
+        self.num_scale_readings_dropped = 0
         self.num_refused = 0
         self._num_answers = 0
-        self._lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._is_closed = False
         self._close_deadline_s: float | None = None
@@ -167,6 +113,13 @@ class Publisher:
     def session_id(self) -> str:
         return self.stream.session_id
 
+    def take_scale_readings(self) -> tuple[ScaleReading, ...]:
+        """The scale readings that consumers have sent since the last call, oldest first; each has its time."""
+        readings = []
+        while self._scale_readings:
+            readings.append(self._scale_readings.popleft())
+        return tuple(readings)
+
     def close(self, state: RunState = RunState.FINISHED) -> None:
         """Finishes the stream and ends within the configured linger; safe to call twice.
 
@@ -176,8 +129,8 @@ class Publisher:
         with self._close_lock:
             if self._is_closed:
                 return
-            self.stream.finish(state)
             self._is_closed = True
+        self.stream.finish(state)
         deadline_s = time.monotonic() + self._config.linger_ms / 1000
         self._close_deadline_s = deadline_s
         self._waker.send(b"")
@@ -187,16 +140,24 @@ class Publisher:
         self._waker.close(linger=0)
         self._publisher.close(linger=remaining_ms)
         self._router.close(linger=remaining_ms)
+        if self._zap is not None:
+            self._zap.close(linger=0)
         self._context.term()
 
     def _open_sockets(self) -> None:
+        # The judge of keys comes first, and where it is missing nobody is let in.
+        self._zap = self._context.socket(zmq.REP) if self._keys is not None else None
+        if self._zap is not None:
+            self._zap.bind(ZAP_ENDPOINT)
         self._publisher = self._context.socket(zmq.PUB)
         self._publisher.set_hwm(self._config.send_hwm)
-        self._publisher.maxmsgsize = MAX_REQUEST_BYTES  # of what consumers send: their subscriptions
         self._router = self._context.socket(zmq.ROUTER)
         self._router.sndhwm = SNAPSHOT_QUEUE
-        self._router.maxmsgsize = MAX_REQUEST_BYTES
-        self.endpoint = _bind(self._publisher, self._router, self._config.endpoint)
+        for socket in (self._publisher, self._router):
+            socket.maxmsgsize = MAX_REQUEST_BYTES  # of what consumers send: subscriptions and requests
+            if self._keys is not None:
+                _require_keys(socket, self._keys, self._config.keys)
+        self.endpoint = _bind(self._publisher, self._router, self._config.endpoint, has_keys=self._keys is not None)
         # A socket pair inside the process ends the wait of the thread at once, where an event could not.
         self._waker = self._context.socket(zmq.PAIR)
         self._wakened = self._context.socket(zmq.PAIR)
@@ -206,9 +167,7 @@ class Publisher:
     def _send(self, message: EncodedMessage) -> None:
         """Sends and keeps one message of the stream, which calls this from one thread at a time."""
         self._publisher.send(message.data, zmq.NOBLOCK)
-        with self._lock:
-            if message.topic in self._histories:
-                self._histories[message.topic].add(message.data, message.sequence)
+        self._archive.add(message)
 
     def _serve(self) -> None:
         """The thread: heartbeats and answers until the run is closed and nobody is waited for any more."""
@@ -217,21 +176,32 @@ class Publisher:
 
     def _serve_until_closed(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        poller.register(self._wakened, zmq.POLLIN)
+        for socket in (self._router, self._wakened, self._zap):
+            if socket is not None:
+                poller.register(socket, zmq.POLLIN)
         waited_for: dict[bytes, None] = {}
         while True:
             now_s, deadline_s = time.monotonic(), self._close_deadline_s
             if deadline_s is not None and (not waited_for or now_s >= deadline_s):
                 break
             wait_s = self.stream.beat_if_due()
+            self._archive.digest()
             if deadline_s is not None:
                 wait_s = min(wait_s, deadline_s - now_s)
             events = dict(poller.poll(max(0, int(wait_s * 1000) + 1)))
             if self._wakened in events:
                 self._wakened.recv()
+            if self._zap is not None and self._zap in events:
+                self._judge(self._zap)
             if self._router in events:
                 self._answer(self._router.recv_multipart(), waited_for)
+
+    def _judge(self, zap: zmq.Socket[bytes]) -> None:
+        """Answers libzmq whether a client that has shown its key is let in."""
+        request = zap.recv_multipart()
+        allowed = self._keys.allowed if self._keys is not None else frozenset()
+        key = request[6] if len(request) == 7 else b""
+        zap.send_multipart(zap_reply(request, allowed, bytes(z85.encode(key)) if len(key) == 32 else b""))
 
     def _answer(self, parts: list[bytes], waited_for: dict[bytes, None]) -> None:
         """Answers one request: the sender's identity, with or without an empty part (REQ, DEALER), and the request."""
@@ -239,150 +209,89 @@ class Publisher:
         if not (len(envelope) == 1 or (len(envelope) == 2 and not envelope[1])):
             self.num_refused += 1
             return
+        tag = 0
         try:
             request = decode_request(parts[-1])
+            tag = request.tag
             if request.kind is RequestKind.GOODBYE:
                 waited_for.pop(envelope[0], None)
                 return
-            answer = self._snapshot(request)
+            answer = self._served(request)
         except ProtocolError as error:
             self.num_refused += 1
-            answer = self._encode_answer(Topic.REFUSAL, Refusal(str(error)[:200]))
+            answer = self._encode_answer(Topic.REFUSAL, Refusal(str(error)[:200], tag))
         else:
-            waited_for[envelope[0]] = None
+            if request.kind is RequestKind.SNAPSHOT:
+                waited_for[envelope[0]] = None
             if len(waited_for) > MAX_WAITED_FOR:
                 del waited_for[next(iter(waited_for))]
         self._router.send_multipart([*envelope, answer], zmq.NOBLOCK)
 
-    def _snapshot(self, request: Request) -> bytes:
-        """As many of the requested messages as go into one answer."""
-        if request.topic not in self._histories:
-            kept = ", ".join(topic.value for topic in self._histories)
-            raise ProtocolError(f"topic: {request.topic.value} is not kept; ask for {kept}")
-        with self._lock:
-            history = self._histories[request.topic]
-            messages = history.take(request.first_sequence, MAX_SNAPSHOT_MESSAGES, SNAPSHOT_BYTES)
-            oldest_sequence, end_sequence = history.oldest_sequence, history.end_sequence
-            state = self.stream.state
-        return self._encode_answer(
-            Topic.SNAPSHOT, Snapshot(request.topic, oldest_sequence, end_sequence, state, messages)
-        )
+    def _served(self, request: Request) -> bytes:
+        """Does what is asked for and gives the answer. Raises ProtocolError with the reason why not."""
+        match request.kind:
+            case RequestKind.SNAPSHOT:
+                return self._encode_answer(Topic.SNAPSHOT, self._archive.snapshot(request, self.stream))
+            case RequestKind.STOP:
+                if self._on_stop is None:
+                    raise ProtocolError("stop: this run cannot be ended from outside")
+                self._on_stop()
+            case RequestKind.SCALE:
+                self._accept_scale(request.scale)
+        return self._encode_answer(Topic.REPLY, Reply(request.kind, request.tag))
+
+    def _accept_scale(self, reading: ScaleReading | None) -> None:
+        if reading is None or not self._accepts_scale:
+            raise ProtocolError("scale: this run takes no scale readings; its scale source must be external")
+        if reading.timestamp_ns is None:
+            now_ns = self.stream.answer_header(Topic.REPLY, 0).capture_time_ns
+            start_ns = reading.start_timestamp_ns
+            if now_ns is None or (start_ns is not None and start_ns >= now_ns):
+                raise ProtocolError("timestamp_ns: no frame has been published since then; give a time")
+            reading = replace(reading, timestamp_ns=now_ns)
+        self._scale_readings.append(reading)
+        if len(self._scale_readings) > MAX_SCALE_READINGS:
+            self._scale_readings.popleft()
+            self.num_scale_readings_dropped += 1
 
     def _encode_answer(self, topic: Topic, body: Body) -> bytes:
         self._num_answers += 1
         return encode(Message(self.stream.answer_header(topic, self._num_answers - 1), body))
 
 
-# --- subscriber ---
+def _require_keys(socket: zmq.Socket[bytes], keys: ServerKeys, folder: str) -> None:
+    """Lets a socket speak CURVE only, and with those alone whom our judge lets in."""
+    try:
+        socket.curve_publickey, socket.curve_secretkey = keys.own.public, keys.own.secret
+    except zmq.ZMQError as error:
+        raise ConfigError(f"{folder}: server.key_secret holds no valid keys; `vo keys DIR` makes new ones") from error
+    socket.curve_server = True
+    socket.zap_domain = ZAP_DOMAIN
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
 
-class Subscriber:
-    """Receives messages of one publisher, one by one; reconnects by itself, also to a publisher that starts later.
-
-    With `catch_up`, poses come complete and in order from the first one of the run: what was published before is
-    asked for, and so is whatever got lost. With `conflate`, of every topic only the newest message is kept: for
-    consumers that want to be current and nothing else.
-
-    inbox  what was received, lost and thrown away so far.
-    """
-
-    def __init__(
-        self,
-        endpoint: str,
-        topics: Sequence[Topic] = (Topic.POSE,),
-        *,
-        conflate: bool = False,
-        catch_up: bool = True,
-    ) -> None:
-        """Connects to `endpoint`. Raises ConfigError for a bad address; whether anybody is there shows later."""
-        answers_endpoint = snapshot_endpoint(endpoint)
-        self.inbox = Inbox(topics, conflate=conflate, catch_up=catch_up)
-        self._context = zmq.Context()
-        self._subscriptions = [self._subscription(group, conflate) for group in self.inbox.socket_groups()]
-        self._dealer = self._context.socket(zmq.DEALER)
-        # Requests are for a publisher that is there, not to be queued for the next one.
-        self._dealer.immediate = True
-        self._dealer.reconnect_ivl = RECONNECT_MS
-        self._dealer.maxmsgsize = MAX_MESSAGE_BYTES
-        self._poller = zmq.Poller()
+def _bind(publisher: zmq.Socket[bytes], router: zmq.Socket[bytes], endpoint: str, *, has_keys: bool) -> str:
+    """Binds both sockets to neighbouring ports; returns the address of the first."""
+    host, port = check_bindable(endpoint, has_keys=has_keys)
+    if port is not None:
+        _bind_one(publisher, f"tcp://{host}:{port}")
+        _bind_one(router, f"tcp://{host}:{port + 1}")
+        return f"tcp://{host}:{port}"
+    for _ in range(MAX_BIND_ATTEMPTS):
+        _bind_one(publisher, f"tcp://{host}:*")
+        bound = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
         try:
-            for socket in (*self._subscriptions, self._dealer):
-                self._poller.register(socket, zmq.POLLIN)
-                socket.connect(answers_endpoint if socket is self._dealer else endpoint)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise ConfigError(f"{endpoint}: cannot be connected to ({error.strerror})") from error
+            router.bind(request_endpoint(bound))
+        except (zmq.ZMQError, ConfigError):
+            publisher.unbind(bound)
+        else:
+            return bound
+    raise PublishError(f"{endpoint}: found no two free ports that are neighbours; give a port or --publish off")
 
-    def __enter__(self) -> Subscriber:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def receive(self, timeout_s: float | None = None) -> Message | None:
-        """The next message; None when none came in time, and once when the run is over.
-
-        Raises VersionError where the publisher speaks another major version.
-        """
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            self._drain()
-            now_s = time.monotonic()
-            request = self.inbox.next_request(now_s)
-            if request is not None:
-                self.inbox.note_request(now_s, was_sent=self._send(request))
-            if self.inbox.take_farewell():
-                self._send(Request(RequestKind.GOODBYE))
-            message = self.inbox.take()
-            if message is not None:
-                return message
-            if self.inbox.take_end():
-                return None
-            if deadline_s is not None and now_s >= deadline_s:
-                return None
-            limits_s = [limit_s for limit_s in (deadline_s, self.inbox.next_request_s) if limit_s is not None]
-            self._poller.poll(max(0, int((min(limits_s) - now_s) * 1000) + 1) if limits_s else None)
-
-    def close(self) -> None:
-        """Closes the connections; safe to call twice."""
-        if self._context.closed:
-            return
-        self._send(Request(RequestKind.GOODBYE))
-        self._dealer.close(linger=GOODBYE_LINGER_MS)
-        for socket in self._subscriptions:
-            socket.close(linger=0)
-        self._context.term()
-
-    def _subscription(self, topics: Sequence[Topic], conflate: bool) -> zmq.Socket[bytes]:
-        socket = self._context.socket(zmq.SUB)
-        if conflate:
-            socket.conflate = True
-        socket.rcvhwm = RECEIVE_HWM
-        socket.maxmsgsize = MAX_MESSAGE_BYTES
-        socket.reconnect_ivl = RECONNECT_MS
-        for topic in topics:
-            socket.subscribe(topic.prefix)
-        return socket
-
-    def _send(self, request: Request) -> bool:
-        """Whether the request is on its way: without a connection it is not."""
-        try:
-            self._dealer.send(encode_request(request), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
-    def _drain(self) -> None:
-        """Takes what has arrived, unless messages wait to be handed out: the rest is better kept in the sockets."""
-        if self.inbox.is_full:
-            return
-        for socket, _ in self._poller.poll(0):
-            for _ in range(MAX_DRAINED):
-                try:
-                    data = socket.recv(zmq.NOBLOCK)
-                except zmq.Again:
-                    break
-                if socket is self._dealer:
-                    self.inbox.accept_answer(data, time.monotonic())
-                else:
-                    self.inbox.accept_published(data, time.monotonic())
+def _bind_one(socket: zmq.Socket[bytes], address: str) -> None:
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be bound ({error.strerror})"
+        raise PublishError(f"{address} {reason}; use --publish tcp://127.0.0.1:PORT or --publish off") from error
