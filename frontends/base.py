@@ -124,7 +124,17 @@ class Matcher(Protocol):
 
 @runtime_checkable
 class PairMatcher(Protocol):
-    """Matches two images directly: semi-dense and detector-free methods, which have no features of one image alone."""
+    """Matches two images directly: semi-dense and detector-free methods, which have no features of one image alone.
+
+    `frontends.followed_points` makes an extractor of it, whose points keep their identity over frames.
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    def seeds(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Points (N, 2) px of an image at which matches may begin, best first."""
+        ...
 
     def match_images(
         self, image0: NDArray[np.uint8], image1: NDArray[np.uint8]

@@ -8,25 +8,34 @@ import torch
 
 from frontends.aliked import Aliked, AlikedConfig
 from frontends.base import Extractor, Matcher, PairMatcher, WeightsError
+from frontends.followed_points import Followed, FollowedConfig, PointFollower
 from frontends.lightglue import LightGlue, LightGlueConfig
+from frontends.loftr import Loftr, LoftrConfig, load_network, random_network
 from frontends.nearest import Nearest, NearestConfig
 from frontends.orb import Orb, OrbConfig
-from frontends.weights import WeightsFile, load_file, load_state_dict
+from frontends.r2d2 import R2d2, R2d2Config
+from frontends.weights import WeightsFile, load_checkpoint, load_file, load_state_dict
 from frontends.weights_registry import REGISTRY
 from frontends.xfeat import XFeat, XFeatConfig
 from frontends.xfeat_star import XFeatStar, XFeatStarConfig
 
-ExtractorConfig = AlikedConfig | XFeatConfig | OrbConfig
-MatcherConfig = LightGlueConfig | NearestConfig
-PairMatcherConfig = XFeatStarConfig
+ImageExtractorConfig = AlikedConfig | XFeatConfig | R2d2Config | OrbConfig
+PairMatcherConfig = XFeatStarConfig | LoftrConfig
+# A matcher of images takes the extractor's place: its points are followed from image to image.
+ExtractorConfig = ImageExtractorConfig | PairMatcherConfig
+MatcherConfig = LightGlueConfig | NearestConfig | FollowedConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedExtractor:
-    """An extractor and the file its weights came from; None for one without weights."""
+    """An extractor and the file its weights came from; None for one without weights.
+
+    remark  what the summary of a run has to say of it, None where there is nothing.
+    """
 
     extractor: Extractor
     weights: WeightsFile | None
+    remark: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,10 +48,11 @@ class LoadedMatcher:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedPairMatcher:
-    """A matcher of images and the file its weights came from."""
+    """A matcher of images and the file its weights came from; see `LoadedExtractor`."""
 
     matcher: PairMatcher
     weights: WeightsFile | None
+    remark: str | None = None
 
 
 def create_extractor(config: ExtractorConfig, device: torch.device) -> LoadedExtractor:
@@ -54,8 +64,14 @@ def create_extractor(config: ExtractorConfig, device: torch.device) -> LoadedExt
         case XFeatConfig():
             state_dict, file = load_state_dict("xfeat", config.weights)
             return LoadedExtractor(XFeat(config, state_dict, device), file)
+        case R2d2Config():
+            loaded, file = load_checkpoint("r2d2", config.weights)
+            return LoadedExtractor(R2d2(config, loaded.constructor, loaded.state_dict, device), file)
         case OrbConfig():
             return LoadedExtractor(Orb(config), None)
+        case XFeatStarConfig() | LoftrConfig():
+            pair = create_pair_matcher(config, device)
+            return LoadedExtractor(PointFollower(pair.matcher, config.following), pair.weights, pair.remark)
 
 
 def create_matcher(config: MatcherConfig, extractor_kind: str, device: torch.device) -> LoadedMatcher:
@@ -68,12 +84,22 @@ def create_matcher(config: MatcherConfig, extractor_kind: str, device: torch.dev
             return LoadedMatcher(Nearest(config), None)
         case LightGlueConfig():
             return _lightglue(config, extractor_kind, device)
+        case FollowedConfig():
+            return LoadedMatcher(Followed(config), None)
 
 
 def create_pair_matcher(config: PairMatcherConfig, device: torch.device) -> LoadedPairMatcher:
-    """The matcher of images of a configuration, on the device. Raises WeightsError."""
-    state_dict, file = load_state_dict("xfeat", config.weights)
-    return LoadedPairMatcher(XFeatStar(config, state_dict, device), file)
+    """The matcher of images of a configuration, on the device. Raises WeightsError; VoError where kornia is missing."""
+    match config:
+        case XFeatStarConfig():
+            state_dict, file = load_state_dict("xfeat", config.weights)
+            return LoadedPairMatcher(XFeatStar(config, state_dict, device), file)
+        case LoftrConfig(weights="random"):
+            remark = "random weights take the place of trained ones, as `weights: random` asks: matches mean nothing"
+            return LoadedPairMatcher(Loftr(config, random_network(config, device), device), None, remark)
+        case LoftrConfig():
+            loaded, file = load_checkpoint("loftr", config.weights)
+            return LoadedPairMatcher(Loftr(config, load_network(config, loaded.state_dict, device), device), file)
 
 
 def _lightglue(config: LightGlueConfig, extractor_kind: str, device: torch.device) -> LoadedMatcher:

@@ -87,6 +87,14 @@ class WeightsStatus:
     origin: Origin | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A state dict and, where the file says so under "net", the text of the constructor of its network."""
+
+    state_dict: dict[str, Tensor]
+    constructor: str | None
+
+
 def cache_directory() -> Path:
     """Where downloads go: $XDG_CACHE_HOME/lightvo, or ~/.cache/lightvo."""
     base = os.environ.get("XDG_CACHE_HOME", "")
@@ -134,6 +142,14 @@ def load_state_dict(
     """
     content, file = _content(weights_entry(name), path, allow_download)
     return _parse(content, file), file
+
+
+def load_checkpoint(
+    name: str, path: str | Path | None = None, allow_download: bool = True
+) -> tuple[Checkpoint, WeightsFile]:
+    """Like `load_state_dict`, for files that hold the state dict beside other things, under the key "state_dict"."""
+    content, file = _content(weights_entry(name), path, allow_download)
+    return _parse_checkpoint(content, file), file
 
 
 def load_file(path: str | Path) -> tuple[dict[str, Tensor], WeightsFile]:
@@ -228,6 +244,8 @@ def _remedy_damaged(entry: WeightsEntry, origin: Origin) -> str:
 
 
 def _missing(entry: WeightsEntry, reason: str) -> str:
+    if not entry.files:
+        return f"weights {entry.name!r} are not looked for, their hash is not recorded; {entry.remedy}"
     looked = ", ".join(f"{origin} ({directory})" for directory, origin in _places())
     if not os.environ.get(ENVIRONMENT_VARIABLE):
         looked = f"{ENVIRONMENT_VARIABLE} (not set), {looked}"
@@ -240,6 +258,8 @@ def _missing(entry: WeightsEntry, reason: str) -> str:
 
 
 def _downloaded(entry: WeightsEntry) -> tuple[bytes, WeightsFile]:
+    if not entry.files:
+        raise WeightsError(_missing(entry, ""))
     known = entry.files[0]
     if known.source_url is None:
         raise WeightsError(_missing(entry, "it is not offered for download"))
@@ -344,20 +364,41 @@ def _store(content: bytes, path: Path) -> None:
 
 def _parse(content: bytes, file: WeightsFile) -> dict[str, Tensor]:
     """Tensors by name; nothing in the file can run code."""
+    return _checked_tensors(_unpacked(content, file), file)
+
+
+def _parse_checkpoint(content: bytes, file: WeightsFile) -> Checkpoint:
+    """Tensors by name and the constructor; nothing in the file can run code."""
+    tree = _unpacked(content, file)
+    if not isinstance(tree, dict) or not isinstance(tree.get("state_dict"), dict):
+        return Checkpoint(_checked_tensors(tree, file), None)
+    constructor = tree.get("net")
+    if constructor is not None and not isinstance(constructor, str):
+        raise WeightsError(f"{file.path}: net: expected the text of a constructor, got {type(constructor).__name__}")
+    return Checkpoint(_checked_tensors(tree["state_dict"], file), constructor)
+
+
+def _unpacked(content: bytes, file: WeightsFile) -> object:
+    """Whatever the file holds: tensors and plain values."""
     import safetensors.torch
     import torch
 
     try:
         if file.path.suffix == ".safetensors":
-            state_dict = safetensors.torch.load(content)
-        else:
-            with warnings.catch_warnings():
-                # It warns of the pickle protocol of files that it then refuses.
-                warnings.simplefilter("ignore", UserWarning)
-                state_dict = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return safetensors.torch.load(content)
+        with warnings.catch_warnings():
+            # It warns of the pickle protocol of files that it then refuses.
+            warnings.simplefilter("ignore", UserWarning)
+            tree: object = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return tree
     except _UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{file.path}: not a file of weights: {reason}; give a state dict or safetensors") from error
+
+
+def _checked_tensors(state_dict: object, file: WeightsFile) -> dict[str, Tensor]:
+    import torch
+
     if not isinstance(state_dict, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
     ):

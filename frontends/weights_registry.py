@@ -27,32 +27,45 @@ class WeightsEntry:
     """One set of weights.
 
     fits   kinds of features it makes (extractor) or was trained to match (matcher).
-    files  forms it may take on disk; the first one is what is packaged or downloaded.
+    files  forms it may take on disk; the first one is what is packaged or downloaded. None of weights whose hash nobody
+           has recorded: they are never downloaded, and are used only where their path is given.
+    page   where such weights are to be had by hand.
     """
 
     name: str
     architecture: str
-    role: Literal["extractor", "matcher"]
+    role: Literal["extractor", "matcher", "pair matcher"]
     fits: tuple[str, ...]
     licence: str
     files: tuple[KnownFile, ...]
     is_ours: bool = False
+    page: str | None = None
 
     @property
-    def file_name(self) -> str:
-        return self.files[0].file_name
+    def file_name(self) -> str | None:
+        return self.files[0].file_name if self.files else None
 
     @property
     def size_bytes(self) -> int | None:
-        return self.files[0].size_bytes
+        return self.files[0].size_bytes if self.files else None
 
     @property
-    def sha256(self) -> str:
-        return self.files[0].sha256
+    def sha256(self) -> str | None:
+        return self.files[0].sha256 if self.files else None
 
     @property
     def source_url(self) -> str | None:
-        return self.files[0].source_url
+        return self.files[0].source_url if self.files else None
+
+    @property
+    def remedy(self) -> str:
+        """What to do where the weights are not at hand."""
+        if self.page is not None:
+            return (
+                f"get them by hand from {self.page} if their licence ({self.licence}) suits you, "
+                "and give the path of the file in the setting `weights`"
+            )
+        return "reinstall lightvo" if self.source_url is None else f"vo weights fetch {self.name}"
 
 
 _ALIKED = "https://raw.githubusercontent.com/Shiaoming/ALIKED/683d7c65197395c0b3f01ebe76e1084a27e73a65/models"
@@ -200,5 +213,23 @@ REGISTRY: tuple[WeightsEntry, ...] = (
                 source_url=f"{_XFEAT}/xfeat-lighterglue.pt",
             ),
         ),
+    ),
+    WeightsEntry(
+        name="r2d2",
+        architecture="R2D2, Quad-L2Net, 0.49 M parameters (WAF_N16, WASF_N16), or a variant that the file names",
+        role="extractor",
+        fits=("r2d2",),
+        licence="CC BY-NC-SA 3.0, non-commercial",
+        files=(),
+        page="https://github.com/naver/r2d2 (models/)",
+    ),
+    WeightsEntry(
+        name="loftr",
+        architecture="LoFTR, 11.6 M parameters",
+        role="pair matcher",
+        fits=("loftr",),
+        licence="Apache-2.0",
+        files=(),
+        page="https://huggingface.co/kornia/loftr (loftr_outdoor.ckpt)",
     ),
 )

@@ -8,7 +8,7 @@ top-left pixel, and sizes are multiplied without minding pixel centres.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from frontends.base import Features, Matches, WeightsError, check_settings, resized_shape, setting, to_full_resolution
+from frontends.followed_points import FollowingConfig
 from frontends.xfeat import check_image, gray_batch, keep_freed_memory, picked_precision, resized_to_stride
 from frontends.xfeat_network import CELL_PX, DESCRIPTOR_DIM, checkpoint_tensor, fold_batch_norm, load_network
 
@@ -45,6 +46,7 @@ class XFeatStarConfig:
     max_side: int | None = setting(None, minimum=64, help="larger images are shrunk to this longer side, px")
     precision: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="of the backbone's arithmetic")
     weights: str | None = setting(None, help="file of weights; none takes those of the registry")
+    following: FollowingConfig = field(default_factory=FollowingConfig)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -107,6 +109,14 @@ class XFeatStar:
         indices = np.repeat(np.arange(num_matches, dtype=np.int64)[:, None], 2, axis=1)
         matches = Matches(indices, scores.cpu().numpy(), 0, len(cells0.keypoints), len(cells1.keypoints))
         return features0, features1, matches
+
+    @torch.inference_mode()
+    def seeds(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The cells of the larger scale (N, 2) px, most reliable first."""
+        cells = self.cells(image)
+        is_large = cells.pixel_sizes == cells.pixel_sizes.min()
+        keypoints: NDArray[np.float32] = cells.keypoints[is_large].cpu().numpy().astype(np.float32)
+        return keypoints
 
     def cells(self, image: NDArray[np.uint8]) -> Cells:
         """The most reliable cells of an image, a fifth of them from the smaller scale."""

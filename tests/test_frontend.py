@@ -80,7 +80,7 @@ def test_which_weights_match_which_features() -> None:
     assert matcher_weights("aliked-n16") == "lightglue-aliked"
     assert matcher_weights("superpoint") == "lightglue-superpoint"
     kinds = {kind for entry in REGISTRY if entry.role == "extractor" for kind in entry.fits}
-    assert kinds == {"aliked-t16", "aliked-n16", "aliked-n16rot", "aliked-n32", "xfeat"}
+    assert kinds == {"aliked-t16", "aliked-n16", "aliked-n16rot", "aliked-n32", "xfeat", "r2d2"}
 
 
 def test_features_without_matching_weights_are_refused_with_both_names(no_weights: None) -> None:

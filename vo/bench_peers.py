@@ -92,6 +92,8 @@ def _kornia_extractor(
 ) -> Extractor:
     if isinstance(config.extractor, OrbConfig):
         raise NotComparable("kornia: has no ORB")
+    if not isinstance(config.extractor, AlikedConfig | XFeatConfig):
+        raise NotComparable(f"kornia: has no {config.extractor.name} other than what runs here")
     state_dict, _ = load_state_dict(frontend.extractor.kind, config.extractor.weights)
     return KorniaExtractor(config.extractor, state_dict, kornia_feature, device)
 
@@ -103,6 +105,8 @@ def _kornia_matcher(
         if isinstance(config.extractor, OrbConfig):
             raise NotComparable("kornia: its mutual nearest neighbours take no binary descriptors")
         return KorniaNearest(config.matcher, kornia_feature)
+    if not isinstance(config.matcher, LightGlueConfig):
+        raise NotComparable(f"kornia: has no matcher like {config.matcher.name}")
     if config.matcher.weights is None:
         state_dict, _ = load_state_dict(matcher_weights(frontend.extractor.kind))
     else:

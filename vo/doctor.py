@@ -109,8 +109,7 @@ def _check_weights() -> Iterator[Check]:
         entry = status.entry
         name, is_required = f"weights {entry.name}", entry.name in DEFAULT_WEIGHTS
         if status.path is None:
-            remedy = f"vo weights fetch {entry.name}" if entry.source_url else "reinstall lightvo"
-            yield Check(name, State.MISSING, "not at hand", remedy, is_required)
+            yield Check(name, State.MISSING, "not at hand", entry.remedy, is_required)
             continue
         try:
             file = verify(entry.name)

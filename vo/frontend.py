@@ -61,6 +61,7 @@ def create_frontend(config: FrontendConfig, device: torch.device) -> Frontend:
         f"{extractor.extractor.kind} + {config.matcher.name}",
         device_name(device),
         tuple(UsedWeights(file.name, file.sha256) for file in files),
+        () if extractor.remark is None else (f"{config.extractor.name}: {extractor.remark}",),
     )
 
 

@@ -1,0 +1,250 @@
+"""Train R2D2 on homographic pairs of photographs.
+
+    python tools/train_r2d2.py --photos DIR --output r2d2.pt             a whole training
+    python tools/train_r2d2.py --photos DIR --output small.pt --smoke    a small network in minutes on a CPU
+
+Writes a checkpoint of the published form. --smoke fails (exit code 1) unless the loss on held-out pairs is halved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from frontends.base import VoError, check_settings, setting
+from frontends.r2d2_network import R2d2Architecture, R2d2Maps, R2d2Network, checkpoint, normalised
+from frontends.training.average_precision import average_precision, reliability_loss
+from frontends.training.homographic_pairs import TrainingPair, WarpConfig, homographic_pair
+from frontends.training.repeatability import peakiness_loss, similarity_loss
+from frontends.training.samplers import DenseMaps, near_far_rows
+
+_NUM_HELD_OUT = 16
+_REPORT_S = 10.0
+
+
+class PhotosError(VoError):
+    """Photographs to train on that cannot be found or read."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """How a network is trained: 8 pairs of 192 px, 16 px patches and weights of 1 are the paper's choice."""
+
+    mchan: int = setting(4, minimum=1, maximum=16, help="width of the backbone, in units of 8, 16 and 32 channels")
+    dim: int = setting(128, minimum=8, maximum=512, help="length of the descriptors")
+    side_px: int = setting(192, minimum=48, help="of a view, px")
+    batch_size: int = setting(8, minimum=1, maximum=256, help="pairs of one step")
+    steps: int = setting(25_000, minimum=1, help="steps at most")
+    minutes: float | None = setting(None, minimum=0.01, help="training at most, min")
+    learning_rate: float = setting(1e-4, minimum=0.0, maximum=1.0, help="of Adam")
+    patch_px: int = setting(16, minimum=4, help="patches of the losses on repeatability, px")
+    query_step: int = setting(8, minimum=1, help="distance of queries, px")
+    warm_up: float = setting(0.1, minimum=0.0, maximum=1.0, help="share of the time in which all are held reliable")
+    precision: str = setting("float32", choices=("float32", "bfloat16"), help="of the network's arithmetic")
+    warp: WarpConfig = field(default_factory=WarpConfig)
+    seed: int = setting(0, minimum=0, help="of weights, pairs and their order")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+SMOKE = TrainingConfig(
+    mchan=1,
+    dim=64,
+    side_px=96,
+    batch_size=4,
+    steps=600,
+    minutes=4.0,
+    learning_rate=3e-3,
+    warm_up=0.4,
+    precision="bfloat16",
+    warp=WarpConfig(rotation_deg=10.0, scale=1.25, shear=0.1, perspective=0.15),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Losses:
+    """The three terms of the loss, each between 0 and 1."""
+
+    ranking: Tensor
+    similarity: Tensor
+    peakiness: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.ranking + self.similarity + self.peakiness
+
+    def __str__(self) -> str:
+        terms = f"ranking {self.ranking:.3f}, similarity {self.similarity:.3f}, peakiness {self.peakiness:.3f}"
+        return f"{self.total:.3f} ({terms})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Images (B, 3, S, S) as the network takes them and flow (B, S, S, 2) px."""
+
+    images0: Tensor
+    images1: Tensor
+    flow: Tensor
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    config = chosen_config(options)
+    try:
+        photos = find_photos(options.photos, config.side_px)
+        network, before, after = train(config, photos)
+    except VoError as error:
+        print(f"train_r2d2: error: {error}", file=sys.stderr)
+        return 2
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint(network), options.output)
+    print(f"held-out loss: {before} before, {after} after; {options.output}")
+    if options.smoke and after.total > before.total / 2:
+        print("train_r2d2: the loss is not halved", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train R2D2 on homographic pairs of photographs.")
+    data = os.environ.get("LIGHTVO_DATA")
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        default=Path(data) / "photos" if data else None,
+        required=not data,
+        help="directory of photographs (default: photos in LIGHTVO_DATA)",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where to write the checkpoint")
+    parser.add_argument("--smoke", action="store_true", help="a small network, four minutes on a CPU")
+    parser.add_argument("--steps", type=int, help="steps at most")
+    parser.add_argument("--minutes", type=float, help="training at most")
+    parser.add_argument("--learning-rate", type=float, help="of Adam")
+    parser.add_argument("--mchan", type=int, help="width of the backbone")
+    parser.add_argument("--seed", type=int, help="of weights, pairs and their order")
+    return parser
+
+
+def chosen_config(options: argparse.Namespace) -> TrainingConfig:
+    """The settings of the preset with what the user changed."""
+    names = ("steps", "minutes", "learning_rate", "mchan", "seed")
+    changed = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(SMOKE if options.smoke else TrainingConfig(), **changed)
+
+
+def find_photos(directory: Path, side_px: int) -> list[NDArray[np.uint8]]:
+    """All photographs of a directory that are large enough, RGB, in order of their names. PhotosError without 2."""
+    files = sorted(path for path in directory.glob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    photos = []
+    for path in files:
+        photo = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if photo is None:
+            raise PhotosError(f"{path}: cannot be read as an image; remove it")
+        if min(photo.shape[:2]) >= side_px:
+            photos.append(np.asarray(photo[..., ::-1], np.uint8))
+    if len(photos) < 2:
+        raise PhotosError(
+            f"{directory}: {len(photos)} photographs of {side_px} px or more; give --photos with 2 or more"
+        )
+    return photos
+
+
+def train(config: TrainingConfig, photos: Sequence[NDArray[np.uint8]]) -> tuple[R2d2Network, Losses, Losses]:
+    """A trained network, and its losses on pairs it was not trained on, before and after."""
+    torch.manual_seed(config.seed)
+    network = R2d2Network(R2d2Architecture(dim=config.dim, mchan=config.mchan))
+    num_held_out = min(_NUM_HELD_OUT, len(photos) // 2)
+    held_out, photos = photos[:num_held_out], photos[num_held_out:]
+    # Batch statistics on both sides of the comparison: those that are learned would be none before.
+    before = evaluate(network, config, held_out)
+    optimiser = torch.optim.Adam(network.parameters(), lr=config.learning_rate, weight_decay=5e-4)
+    generator = np.random.default_rng(config.seed)
+    start_s, reported_s = time.monotonic(), 0.0
+    for step in range(config.steps):
+        elapsed_s = time.monotonic() - start_s
+        share = max(step / config.steps, 0.0 if config.minutes is None else elapsed_s / (60 * config.minutes))
+        if share >= 1:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = config.learning_rate * 0.5 * (1 + np.cos(np.pi * share))
+        chosen = generator.integers(len(photos), size=config.batch_size)
+        batch = make_batch([photos[index] for index in chosen], config, generator)
+        losses = pair_losses(network, batch, config, trusts_all=share < config.warm_up)
+        optimiser.zero_grad()
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        if elapsed_s - reported_s > _REPORT_S:
+            reported_s = elapsed_s
+            print(f"step {step + 1} of {config.steps}, {elapsed_s:.0f} s: loss {losses}", file=sys.stderr, flush=True)
+    return network.eval(), before, evaluate(network, config, held_out)
+
+
+def make_batch(photos: Sequence[NDArray[np.uint8]], config: TrainingConfig, generator: np.random.Generator) -> Batch:
+    """One pair of every photograph."""
+    pairs: list[TrainingPair] = [homographic_pair(photo, config.side_px, generator, config.warp) for photo in photos]
+    images0, images1 = (
+        normalised(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255)
+        for images in ([pair.image0 for pair in pairs], [pair.image1 for pair in pairs])
+    )
+    return Batch(images0, images1, torch.from_numpy(np.stack([pair.flow for pair in pairs])))
+
+
+def pair_losses(network: R2d2Network, batch: Batch, config: TrainingConfig, *, trusts_all: bool = False) -> Losses:
+    """The three losses of a batch.
+
+    trusts_all  every descriptor is taken for reliable. A network that knows nothing yet would else find it cheapest to
+                call everything unreliable, which leaves its descriptors without a gradient.
+    """
+    maps0, maps1 = (predicted(network, images, config.precision) for images in (batch.images0, batch.images1))
+    rows = near_far_rows(
+        DenseMaps(maps0.descriptors, maps0.reliability),
+        DenseMaps(maps1.descriptors, maps1.reliability),
+        batch.flow,
+        query_step=config.query_step,
+    )
+    precision = average_precision(rows.scores, rows.is_match, rows.is_counted)
+    peakiness = [peakiness_loss(maps.repeatability, config.patch_px) for maps in (maps0, maps1)]
+    reliability = torch.ones_like(precision) if trusts_all else rows.reliability
+    return Losses(
+        reliability_loss(precision, reliability),
+        similarity_loss(maps0.repeatability, maps1.repeatability, batch.flow, config.patch_px),
+        (peakiness[0] + peakiness[1]) / 2,
+    )
+
+
+def predicted(network: R2d2Network, images: Tensor, precision: str) -> R2d2Maps:
+    """The maps of a batch in float32, whatever the backbone works in."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        features = network.features(images)
+    return network.heads(features.float())
+
+
+@torch.no_grad()
+def evaluate(network: R2d2Network, config: TrainingConfig, photos: Sequence[NDArray[np.uint8]]) -> Losses:
+    """Losses of one pair of every photograph, always the same, by batch statistics; the network stays as it is."""
+    generator = np.random.default_rng(config.seed + 1)
+    copy = R2d2Network(network.architecture)
+    copy.load_state_dict(network.state_dict())
+    copy.train()
+    parts = [
+        pair_losses(copy, make_batch(photos[start : start + config.batch_size], config, generator), config)
+        for start in range(0, len(photos), config.batch_size)
+    ]
+    terms = torch.stack([torch.stack((part.ranking, part.similarity, part.peakiness)) for part in parts])
+    return Losses(*terms.mean(dim=0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
