@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -166,6 +166,7 @@ def test_the_pair_matcher_matches_images(tmp_path: Path) -> None:
 
 
 def test_every_configuration_is_known() -> None:
-    names = {config().name for config in (AlikedConfig, XFeatConfig, OrbConfig, LightGlueConfig, NearestConfig)}
-    assert names == {"aliked", "xfeat", "orb", "lightglue", "nearest"}
-    assert frontend.PairMatcherConfig().name == "xfeat-star"
+    names = {config().name for config in get_args(frontend.ImageExtractorConfig)}
+    assert names == {"aliked", "xfeat", "r2d2", "orb"}
+    assert {config().name for config in get_args(frontend.MatcherConfig)} == {"lightglue", "nearest", "followed"}
+    assert {config().name for config in get_args(frontend.PairMatcherConfig)} == {"xfeat-star", "loftr"}

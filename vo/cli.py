@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_listen(commands)
+    _add_keys(commands)
     _add_replay(commands)
     _add_recording(commands)
     _add_eval(commands)
@@ -91,6 +92,7 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--set", metavar="A.B=V", action="append", default=[], help="change one key of it; repeatable")
     parser.add_argument("--output", metavar="DIR", type=Path, help="write trajectory, summary, config and plot there")
     parser.add_argument("--publish", metavar="ENDPOINT", help=f"where to publish, or off (default: {DEFAULT_ENDPOINT})")
+    parser.add_argument("--keys", metavar="DIR", type=Path, help="let in only clients with keys (vo keys DIR)")
     parser.add_argument("--record", metavar="F.mcap", type=Path, help="record all messages, for replay and Foxglove")
     parser.add_argument("--save-tracks", action="store_true", help="write the tracks of every frame to DIR/tracks")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
@@ -109,12 +111,37 @@ def _add_listen(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "endpoint", metavar="ENDPOINT", nargs="?", default=DEFAULT_ENDPOINT, help="default: %(default)s"
     )
-    parser.add_argument("--topic", action="append", metavar="T", help="pose, tracks, status or camera; repeatable")
+    parser.add_argument(
+        "--topic",
+        action="append",
+        metavar="T",
+        help="pose (default), tracks, keyframe, points, image, status or camera; repeatable",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--max-messages", metavar="N", type=_positive, help="end after so many")
     parser.add_argument("--timeout-s", metavar="S", type=float, help="end after so long without a message")
     parser.add_argument("--until-finished", action="store_true", help="end with the run")
+    _add_client_keys(parser)
     parser.set_defaults(command=_listen)
+
+
+def _add_client_keys(parser: argparse.ArgumentParser) -> None:
+    """The flags of every consumer of a publisher that demands keys."""
+    parser.add_argument("--key", metavar="F", type=Path, help="our secret, NAME.key_secret of vo keys")
+    parser.add_argument("--server-key", metavar="F", type=Path, help="the publisher's server.key")
+
+
+def _add_keys(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "keys",
+        help="make keys for publishing beyond this machine",
+        description="Makes the keys of a publisher and its clients in DIR; no file is ever overwritten.",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where they go; the publisher runs with --keys DIR")
+    parser.add_argument(
+        "--client", metavar="NAME", action="append", default=[], help="make a client of that name; repeatable"
+    )
+    parser.set_defaults(command=_keys)
 
 
 def _add_replay(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -226,6 +253,7 @@ def _run(options: argparse.Namespace) -> int:
             overrides=tuple(options.set),
             output=options.output,
             publish=options.publish,
+            keys=options.keys,
             device=options.device,
             max_frames=options.max_frames,
             is_realtime=options.realtime,
@@ -240,7 +268,14 @@ def _run(options: argparse.Namespace) -> int:
     )
 
 
+def _keys(options: argparse.Namespace) -> int:
+    from vo.keys_command import keys_command
+
+    return keys_command(options.directory, options.client)
+
+
 def _listen(options: argparse.Namespace) -> int:
+    from vo.keys import load_client_keys
     from vo.listen import listen
 
     counts = listen(
@@ -250,6 +285,7 @@ def _listen(options: argparse.Namespace) -> int:
         options.max_messages,
         options.timeout_s,
         options.until_finished,
+        keys=load_client_keys(options.key, options.server_key),
     )
     return INTERRUPTED if counts.is_interrupted else 0
 
@@ -333,7 +369,11 @@ def _weights_list(options: argparse.Namespace) -> int:
         return 0
     for status in statuses:
         entry = status.entry
-        place = f"{status.origin}: {status.path}" if status.path is not None else f"not here: {entry.source_url or entry.page}"
+        place = (
+            f"{status.origin}: {status.path}"
+            if status.path is not None
+            else f"not here: {entry.source_url or entry.page}"
+        )
         print(f"{entry.name:28} {entry.licence:13} {entry.architecture}\n{'':28} {place}")
     return 0
 
