@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -13,8 +14,19 @@ from typing import TextIO
 
 from vo.client import Client
 from vo.endpoints import DEFAULT_ENDPOINT
-from vo.inbox import Inbox
-from vo.messages import PUBLISHED_TOPICS, Header, Message, RunState, StatusReport, Topic, quat_xyzw_from_rotation
+from vo.keys import ClientKeys
+from vo.messages import (
+    PUBLISHED_TOPICS,
+    CompressedImage,
+    Header,
+    KeyframeUpdate,
+    Message,
+    PointsUpdate,
+    RunState,
+    StatusReport,
+    Topic,
+    quat_xyzw_from_rotation,
+)
 from vo.types import Camera, ConfigError, FrameTracks, PoseEstimate
 
 POLL_S = 0.5
@@ -46,6 +58,8 @@ def listen(
     timeout_s: float | None = None,
     until_finished: bool = False,
     stream: TextIO | None = None,
+    *,
+    keys: ClientKeys | None = None,
 ) -> ListenCounts:
     """Prints messages to `stream` (stdout) until told otherwise.
 
@@ -57,7 +71,7 @@ def listen(
     wanted = _parsed_topics(topics)
     output = sys.stdout if stream is None else stream
     is_interrupted = False
-    with Client(endpoint, wanted) as client:
+    with Client(endpoint, wanted, keys=keys) as client:
         inbox = client.inbox
         try:
             _print_all(client, endpoint, output, as_json, max_messages, timeout_s, until_finished)
@@ -89,6 +103,22 @@ def as_json_line(message: Message) -> str:
                 "lengths": body.lengths.tolist(),
                 "has_landmark": body.has_landmark.tolist(),
             }
+        case KeyframeUpdate():
+            fields |= _map_fields(body) | {
+                "keyframe_indices": body.keyframe_indices.tolist(),
+                "keyframe_timestamps_ns": body.keyframe_timestamps_ns.tolist(),
+                "T_world_keyframes": body.T_world_keyframes.tolist(),
+            }
+        case PointsUpdate():
+            fields |= _map_fields(body) | {
+                "landmark_ids": body.landmark_ids.tolist(),
+                "landmarks": body.landmarks.tolist(),
+                "landmark_colors": body.landmark_colors.tolist(),
+                "removed_landmark_ids": body.removed_landmark_ids.tolist(),
+            }
+        case CompressedImage():
+            data = base64.b64encode(body.data.tobytes()).decode()
+            fields |= {"format": "jpeg", "width": body.width, "height": body.height, "data_base64": data}
         case StatusReport():
             fields |= {
                 "state": body.state.value,
@@ -128,6 +158,15 @@ def as_text_line(message: Message) -> str:
             rest = ", ..." if len(body.track_ids) > NUM_SHOWN_TRACKS else ""
             counts = f"{len(body.track_ids)} tracks, {int(body.has_landmark.sum())} with a landmark"
             return f"{start}  {_frame_text(header)}  {counts}  px {shown}{rest}"
+        case KeyframeUpdate():
+            reset = "  whole map begins" if body.is_reset else ""
+            return f"{start}  {_frame_text(header)}  {len(body.keyframe_indices)} keyframes placed{reset}"
+        case PointsUpdate():
+            reset = "  whole map begins" if body.is_reset else ""
+            counts = f"{len(body.landmark_ids)} landmarks placed, {len(body.removed_landmark_ids)} removed"
+            return f"{start}  {_frame_text(header)}  {counts}{reset}"
+        case CompressedImage():
+            return f"{start}  {_frame_text(header)}  {body.width} x {body.height} px  jpeg  {len(body.data)} bytes"
         case StatusReport():
             counts = f"{body.num_frames} frames, {body.num_dropped} dropped, {body.num_sent.get(Topic.POSE, 0)} poses"
             return f"{start}  {body.state.value}  {body.fps:.1f} frames/s  {counts}"
@@ -155,7 +194,7 @@ def _print_all(
     timeout_s: float | None,
     until_finished: bool,
 ) -> None:
-    notes = _Notes(client.inbox, endpoint)
+    notes = _Notes(client, endpoint)
     num_messages = 0
     last_s = time.monotonic()
     while max_messages is None or num_messages < max_messages:
@@ -174,8 +213,8 @@ def _print_all(
 class _Notes:
     """What the user should know besides the messages, on stderr, each once."""
 
-    def __init__(self, inbox: Inbox, endpoint: str) -> None:
-        self._inbox, self._endpoint = inbox, endpoint
+    def __init__(self, client: Client, endpoint: str) -> None:
+        self._client, self._inbox, self._endpoint = client, client.inbox, endpoint
         self._start_s = time.monotonic()
         self._session_id: str | None = None
         self._num_malformed = 0
@@ -203,7 +242,8 @@ class _Notes:
         is_silent = time.monotonic() - heard_s > SILENCE_S and self._final_state is None
         if is_silent and not self._is_silent:
             state = "no publisher yet" if self._inbox.last_heard_s is None else "the publisher has gone silent"
-            self._note(f"{state}; waiting for {self._endpoint} (vo run ... --publish {self._endpoint})")
+            remedy = self._client.connection_problem or f"vo run ... --publish {self._endpoint}"
+            self._note(f"{state}; waiting for {self._endpoint} ({remedy})")
         self._is_silent = is_silent
 
     @staticmethod
@@ -220,6 +260,14 @@ def _header_fields(header: Header) -> dict[str, object]:
         "timestamp_ns": header.capture_time_ns,
         "publish_time_ns": header.publish_time_ns,
         "status": header.status.value,
+    }
+
+
+def _map_fields(update: KeyframeUpdate | PointsUpdate) -> dict[str, object]:
+    return {
+        "segment_id": update.segment_id,
+        "scale_source": update.scale_source,
+        "is_reset": update.is_reset,
     }
 
 

@@ -63,6 +63,7 @@ class Publisher:
 
     endpoint     the address that was bound.
     session_id   names this run.
+    on_stop      called from the publisher's thread when a consumer asks to end the run; None: it is refused.
     num_refused  requests that were malformed or could not be served.
     num_scale_readings_dropped   readings that nobody took in time.
     """
@@ -77,13 +78,12 @@ class Publisher:
     ) -> None:
         """Binds `config.endpoint`. Raises ConfigError and PublishError, each in one line with the remedy.
 
-        on_stop        called from the publisher's thread when a consumer asks to end the run; None: it is refused.
         accepts_scale  whether somebody calls `take_scale_readings`; otherwise readings are refused.
         """
         if config.endpoint == "off":
             raise ValueError("endpoint: off means that there is no publisher")
         self._config, self.stream = config, stream
-        self._on_stop, self._accepts_scale = on_stop, accepts_scale
+        self.on_stop, self._accepts_scale = on_stop, accepts_scale
         self._keys = load_server_keys(Path(config.keys)) if config.keys else None
         self._archive = Archive(config)
         self._scale_readings: deque[ScaleReading] = deque()
@@ -233,9 +233,9 @@ class Publisher:
             case RequestKind.SNAPSHOT:
                 return self._encode_answer(Topic.SNAPSHOT, self._archive.snapshot(request, self.stream))
             case RequestKind.STOP:
-                if self._on_stop is None:
-                    raise ProtocolError("stop: this run cannot be ended from outside")
-                self._on_stop()
+                if self.on_stop is None:
+                    raise ProtocolError("stop: this run cannot be ended from outside, or not yet")
+                self.on_stop()
             case RequestKind.SCALE:
                 self._accept_scale(request.scale)
         return self._encode_answer(Topic.REPLY, Reply(request.kind, request.tag))

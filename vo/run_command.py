@@ -39,6 +39,7 @@ class RunRequest:
     overrides: tuple[str, ...] = ()
     output: Path | None = None
     publish: str | None = None
+    keys: Path | None = None
     device: str | None = None
     max_frames: int | None = None
     is_realtime: bool = False
@@ -72,8 +73,9 @@ def run_command(request: RunRequest) -> int:
             )
         )
         files.follow(stream)
+        publisher = None
         if config.publisher.endpoint != "off":
-            resources.enter_context(Publisher(config.publisher, stream))
+            publisher = resources.enter_context(Publisher(config.publisher, stream))
         device = select_device(config.frontend.device)
         config, frontend = load_frontend(config, device, request)
         if recorder is not None:
@@ -82,6 +84,8 @@ def run_command(request: RunRequest) -> int:
         meter, poses = RunMeter(), PoseLog()
         # Around the report too: a Ctrl-C must not cut the writing short.
         with stop_on_signals() as stop:
+            if publisher is not None:
+                publisher.on_stop = stop.set
             try:
                 with progress(num_frames(source, request.max_frames), is_quiet=request.is_quiet) as advance:
                     run(
@@ -121,6 +125,8 @@ def requested_config(request: RunRequest) -> Config:
         overrides.append(f"frontend.device={request.device}")
     if request.publish is not None:
         overrides.append(f"publisher.endpoint={request.publish}")
+    if request.keys is not None:
+        overrides.append(f"publisher.keys={request.keys}")
     return load_config(request.config, overrides)
 
 
