@@ -68,10 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lightvo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_view(commands)
     _add_listen(commands)
     _add_keys(commands)
     _add_replay(commands)
     _add_recording(commands)
+    _add_export(commands)
     _add_eval(commands)
     _add_bench(commands)
     _add_weights(commands)
@@ -94,6 +96,7 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--publish", metavar="ENDPOINT", help=f"where to publish, or off (default: {DEFAULT_ENDPOINT})")
     parser.add_argument("--keys", metavar="DIR", type=Path, help="let in only clients with keys (vo keys DIR)")
     parser.add_argument("--record", metavar="F.mcap", type=Path, help="record all messages, for replay and Foxglove")
+    parser.add_argument("--view", action="store_true", help="show it in a window (also later, elsewhere: vo view)")
     parser.add_argument("--save-tracks", action="store_true", help="write the tracks of every frame to DIR/tracks")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
     parser.add_argument("--max-frames", metavar="N", type=_positive, help="stop after so many frames")
@@ -104,6 +107,27 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress and no report, errors only")
     parser.add_argument("--fallback-orb", action="store_true", help="run on ORB where weights cannot be had")
     parser.set_defaults(command=_run)
+
+
+def _add_view(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("view", help="show what a run publishes, in a window or as picture and video")
+    parser.add_argument(
+        "endpoint", metavar="ENDPOINT", nargs="?", default=DEFAULT_ENDPOINT, help="default: %(default)s"
+    )
+    parser.add_argument("--truth", metavar="F", type=Path, help="true poses, aligned to the estimate as it grows")
+    parser.add_argument("--overview", action="store_true", help="everything in view instead of following the camera")
+    parser.add_argument("--hide", metavar="LAYERS", default="", help="trajectory,keyframes,landmarks,camera,truth")
+    parser.add_argument("--headless", action="store_true", help="draw into files, without a display, until the end")
+    parser.add_argument("--screenshot", metavar="F.png", type=Path, help="picture of the end")
+    parser.add_argument("--video", metavar="F.mp4", type=Path, help="with --headless: video of the run")
+    parser.add_argument("--video-fps", metavar="HZ", type=_rate, default=15.0, help="default: %(default)s")
+    parser.add_argument("--size", metavar="WxH", type=_size, default=(1280, 720), help="px (default: 1280x720)")
+    parser.add_argument("--after-s", metavar="S", type=float, help="end after so long")
+    parser.add_argument("--until-finished", action="store_true", help="close the window with the run")
+    parser.add_argument("--key", metavar="F", type=Path, help="own certificate, for a run on another machine")
+    parser.add_argument("--server-key", metavar="F", type=Path, help="public certificate of that run")
+    parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(command=_view)
 
 
 def _add_listen(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -168,6 +192,21 @@ def _add_recording(commands: argparse._SubParsersAction[_Parser]) -> None:
     repair.add_argument("recording", metavar="F.mcap", type=Path)
     repair.add_argument("--output", metavar="G.mcap", type=Path, help="write there (default: in its own place)")
     repair.set_defaults(command=_recording_repair)
+
+
+def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("export", help="hand a run to COLMAP, nerfstudio, or what reads their files")
+    parser.add_argument("kind", choices=("colmap", "nerfstudio"), help="whose files to write")
+    parser.add_argument("input", metavar="INPUT", type=Path, help="a recording, or a directory of vo run --output")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where to write")
+    parser.add_argument("--images", action="store_true", help="write the images too")
+    parser.add_argument("--source", metavar="SOURCE", help="take the images from there, not from the recording")
+    parser.add_argument("--camera", metavar="FILE", type=Path, help="camera.yaml of a directory that has none")
+    parser.add_argument("--frames", choices=("keyframes", "all"), default="keyframes", help="of a recording")
+    parser.add_argument("--every", metavar="N", type=_positive, default=1, help="only every Nth of them")
+    parser.add_argument("--undistort", action="store_true", help="take the distortion out: a pinhole camera")
+    parser.add_argument("--max-error-px", metavar="E", type=float, default=4.0, help="of an observation (default: 4)")
+    parser.set_defaults(command=_export)
 
 
 def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -264,6 +303,7 @@ def _run(options: argparse.Namespace) -> int:
             falls_back_to_orb=options.fallback_orb,
             record=options.record,
             saves_tracks=options.save_tracks,
+            views=options.view,
         )
     )
 
@@ -272,6 +312,31 @@ def _keys(options: argparse.Namespace) -> int:
     from vo.keys_command import keys_command
 
     return keys_command(options.directory, options.client)
+
+
+def _view(options: argparse.Namespace) -> int:
+    from vo.keys import load_client_keys
+    from vo.scene_view import Eye
+    from vo.view_command import ViewRequest, view_command
+
+    return view_command(
+        ViewRequest(
+            endpoint=options.endpoint,
+            is_headless=options.headless,
+            screenshot=options.screenshot,
+            video=options.video,
+            video_fps=options.video_fps,
+            after_s=options.after_s,
+            until_finished=options.until_finished,
+            truth=options.truth,
+            eye=Eye.OVERVIEW if options.overview else Eye.FOLLOW,
+            hidden=_words(options.hide),
+            keys=load_client_keys(options.key, options.server_key),
+            width=options.size[0],
+            height=options.size[1],
+            ready_fd=options.ready_fd,
+        )
+    )
 
 
 def _listen(options: argparse.Namespace) -> int:
@@ -318,6 +383,25 @@ def _recording_repair(options: argparse.Namespace) -> int:
     from vo.replay_command import repair_command
 
     return repair_command(options.recording, options.output)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from vo.export_command import ExportRequest, export_command
+
+    return export_command(
+        ExportRequest(
+            kind=options.kind,
+            path=options.input,
+            output=options.output,
+            writes_images=options.images or options.source is not None,
+            source=options.source,
+            camera_file=options.camera,
+            frames=options.frames,
+            every=options.every,
+            undistorts=options.undistort,
+            max_error_px=options.max_error_px,
+        )
+    )
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -452,6 +536,20 @@ def _seconds(text: str) -> float:
     if not 0.0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected zero or more seconds, got {text}")
     return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 240:
+        raise argparse.ArgumentTypeError(f"expected 0.1 to 240, got {value}")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, separator, height = text.partition("x")
+    if not (separator and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT, got {text}")
+    return int(width), int(height)
 
 
 def _words(text: str) -> tuple[str, ...]:

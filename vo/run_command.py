@@ -25,6 +25,7 @@ from vo.run_report import PoseLog, report
 from vo.sources import Source, open_source
 from vo.stages import FrameResult, Sink
 from vo.types import WeightsError
+from vo.viewer_process import ViewerProcess, check_viewable
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -50,6 +51,7 @@ class RunRequest:
     falls_back_to_orb: bool = False
     record: Path | None = None
     saves_tracks: bool = False
+    views: bool = False
 
 
 def run_command(request: RunRequest) -> int:
@@ -59,6 +61,8 @@ def run_command(request: RunRequest) -> int:
     Raises VoError in one line.
     """
     config = requested_config(request)
+    if request.views:
+        check_viewable(config.publisher)
     with ExitStack() as resources:
         source = open_source(request.source, camera_file=request.camera_file, fov_deg=request.fov_deg, fps=request.fps)
         resources.callback(source.close)
@@ -76,12 +80,17 @@ def run_command(request: RunRequest) -> int:
         publisher = None
         if config.publisher.endpoint != "off":
             publisher = resources.enter_context(Publisher(config.publisher, stream))
+        viewer = None
+        if publisher is not None and request.views:
+            viewer = resources.enter_context(ViewerProcess(publisher.endpoint, source.ground_truth, _note))
         device = select_device(config.frontend.device)
         config, frontend = load_frontend(config, device, request)
         if recorder is not None:
             recorder.write_config(dump_config(config))
             write_run_camera(recorder.output_dir, source.camera)
         meter, poses = RunMeter(), PoseLog()
+        if viewer is not None:
+            viewer.wait_until_ready()
         # Around the report too: a Ctrl-C must not cut the writing short.
         with stop_on_signals() as stop:
             if publisher is not None:
@@ -92,7 +101,11 @@ def run_command(request: RunRequest) -> int:
                         config,
                         source,
                         frontend,
-                        (*sinks(stream, image_preview(config.publisher), recorder, poses, meter, advance), files.add),
+                        (
+                            *sinks(stream, image_preview(config.publisher), recorder, poses, meter, advance),
+                            files.add,
+                            lambda result: None if viewer is None else viewer.check(),
+                        ),
                         is_paced=request.is_realtime,
                         max_frames=request.max_frames,
                         stop=stop,
@@ -107,6 +120,10 @@ def run_command(request: RunRequest) -> int:
             stream.finish(RunState.INTERRUPTED)
     # The disk has refused the recording, which was said when it did; the results themselves are complete.
     return INTERRUPTED if is_interrupted else USER_ERROR if files.failure else 0
+
+
+def _note(text: str) -> None:
+    print(f"vo: {text}", file=sys.stderr, flush=True)
 
 
 def wanted_files(request: RunRequest, config: Config) -> WantedFiles:
