@@ -45,6 +45,7 @@ LAYERS = (
         "vo.mcap_recorder",
         "vo.replay",
         "vo.export_scene",
+        "vo.export_formats",
     },
     {"vo.run_meter", "vo.listen", "vo.eval_runs", "vo.eval_report", "vo.eval_command"},
     {"vo.scene_feed", "vo.viewer", "vo.view_command", "vo.viewer_process"},
