@@ -670,3 +670,49 @@ def test_translation_scale_is_a_weighted_median_of_votes():
     expected = next(votes[row] for count, row in enumerate(order, 1) if np.array(weights)[order[:count]].sum() >= half)
     assert translation_scale(unit, points, rays1) == pytest.approx(expected, rel=1e-9)
     assert translation_scale(unit, -np.abs(points), rays1) is None
+
+
+@pytest.mark.parametrize("unit", [1e-3, 0.03, 50.0])
+def test_nothing_depends_on_the_unit_of_length(unit):
+    T, points, rays0, rays1 = scene(num_points=80, noise_px=0.3)
+    small, near = T.copy(), points * unit
+    small[:3, 3] *= unit
+    start = np.concatenate([np.full(3, 0.02), np.full(3, 0.01)])
+    pose, expected = (
+        refine_absolute_pose(pose @ exp_se3(start * [s, s, s, 1, 1, 1]), p, rays1, FOCAL_PX, 3.0, 40)
+        for pose, p, s in ((small, near, unit), (T, points, 1.0))
+    )
+    back = pose.T_world_camera.copy()
+    back[:3, 3] /= unit
+    np.testing.assert_allclose(back, expected.T_world_camera, atol=1e-6)
+    np.testing.assert_array_equal(pose.inliers, expected.inliers)
+    found = estimate_absolute_pose(near, rays1, FOCAL_PX, 3.0, 30)
+    assert isinstance(found, AbsolutePose)
+    np.testing.assert_allclose(found.T_world_camera, pose.T_world_camera, atol=1e-3)
+    scale, reference = translation_scale(small, near, rays1), translation_scale(T, points, rays1)
+    assert scale == pytest.approx(reference, rel=1e-6)
+    midway = [triangulate(np.eye(4), pose, rays0, rays1)[0] for pose in (small, T)]
+    np.testing.assert_allclose(midway[0], midway[1] * unit, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("flow_px", "is_rotation"), [(1.2, True), (2.0, False)])
+def test_the_gate_of_a_pure_rotation(flow_px, is_rotation):
+    """Straight ahead towards a ring of points: each moves outwards by the same, which no rotation explains."""
+    rng = np.random.default_rng(0)
+    turns = rng.uniform(0, 2 * np.pi, 300)
+    rays0 = 0.3 * np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    rays1 = rays0 * (1 + flow_px / FOCAL_PX / 0.3)
+    angles = parallax(rays0, rays1, np.eye(3))
+    assert (np.abs(angles * FOCAL_PX / flow_px - 1) < 0.12).all()
+    found = estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG)
+    assert (found is Rejection.LOW_PARALLAX) == is_rotation
+
+
+def test_so_few_inliers_that_the_noise_cannot_be_told_leave_the_pose_as_it_was_found():
+    _, _, rays0, rays1 = scene(noise_px=0.2)
+    config = TwoViewConfig(min_inliers=6)
+    for count in (6, 7, 12):
+        relative = estimate_relative_pose(rays0[:count], rays1[:count], FOCAL_PX, config)
+        assert not isinstance(relative, RelativePose) or relative.inliers.sum() >= 6
+    relative = estimate_relative_pose(rays0[:12], rays1[:12], FOCAL_PX, config)
+    assert isinstance(relative, RelativePose) and relative.covariance.any()
