@@ -230,7 +230,8 @@ class Inbox:
 
     def next_request(self, now_s: float) -> Request | None:
         """What to ask for now, if anything. What nobody answers for is given up after a while."""
-        for topic, asker in self._askers.items():
+        # The topic that has waited longest comes first: a long map must not keep the others waiting.
+        for topic, asker in sorted(self._askers.items(), key=lambda item: item[1].ask_s):
             if self._wanted(topic) is None:
                 asker.asking_since_s = None
                 continue
