@@ -75,7 +75,7 @@ def _play_once(
 ) -> int:
     """One pass through the recording, as a run of its own; how many messages it sent."""
     stream = RecordedStream(recording, pass_index=pass_index)
-    with Publisher(config, stream) as publisher:
+    with Publisher(config, stream, on_stop=stop.set) as publisher:
         if not request.is_quiet and pass_index == 0:
             _announce(recording, publisher.endpoint, passage)
         stop.wait(request.delay_s)
