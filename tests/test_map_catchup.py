@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from unittest.mock import patch
 
@@ -193,8 +194,12 @@ def taken(inbox: Inbox, known: Known) -> None:
 @given(st.integers(0, 10**6), st.integers(1, 4), st.floats(0, 0.6))
 def test_consumer_gets_the_publishers_map(seed: int, page_size: int, loss: float) -> None:
     """It comes late, messages and answers get lost or come twice, and the map changes between two pages."""
-    rng = random.Random(seed)
-    with patch("vo.archive.PAGE_POINTS", page_size), patch("vo.archive.PAGE_KEYFRAMES", page_size):
+    rng, ticks = random.Random(seed), itertools.count()
+    with (
+        patch("vo.archive.PAGE_POINTS", page_size),
+        patch("vo.archive.PAGE_KEYFRAMES", page_size),
+        patch("vo.message_stream.time.monotonic", lambda: next(ticks) / 1000),
+    ):
         wire, inbox, known = Wire(), Inbox([Topic.KEYFRAME, Topic.POINTS]), Known()
         answers: list[bytes] = []
         now_s = 0.0

@@ -108,7 +108,8 @@ def test_golden_map_is_what_the_specification_says() -> None:
     assert (topic, header["format"], header["width"], header["height"]) == ("image", "jpeg", 320, 240)
     assert bytes(arrays["data"][1]) == bytes.fromhex("ffd8ffe000104a46494600010100ffd9")
     _, header, arrays = read_by_the_book(golden["snapshot_map"])
-    assert (header["of_topic"], header["num_sent"], header["next_segment"], header["next_id"]) == ("keyframe", 9, 2, 6)
+    assert (header["of_topic"], header["num_sent"]) == ("keyframe", 9)
+    assert [header[key] for key in ("first_segment", "first_id", "next_segment", "next_id")] == [2, 3, 2, 6]
     inner = bytes(arrays["messages"][1])
     assert arrays["message_lengths"] == ([1], [len(inner)])
     _, header, _ = read_by_the_book(inner)
@@ -301,6 +302,8 @@ map_snapshots = st.builds(
     num_sent=counts,
     state=st.sampled_from(RunState),
     messages=st.just(()),
+    first_segment=counts,
+    first_id=counts,
     next_segment=counts,
     next_id=counts,
 )
@@ -470,7 +473,9 @@ def test_encoding_refuses_what_nobody_could_read() -> None:
         with pytest.raises(ValueError, match=r"scale|tag"):
             Request(**bad)
     with pytest.raises(ValueError, match="both or none"):
-        Snapshot(Topic.POINTS, 0, 0, RunState.RUNNING, (), next_segment=1)
+        Snapshot(Topic.POINTS, 0, 0, RunState.RUNNING, (), 0, 0, next_segment=1)
+    with pytest.raises(ValueError, match="a pose has not"):
+        Snapshot(Topic.POSE, 0, 0, RunState.RUNNING, (), 0, 0)
     with pytest.raises(ValueError, match="messages"):
         Snapshot(Topic.POSE, 0, 0, RunState.RUNNING, (b"x",) * (MAX_SNAPSHOT_MESSAGES + 1))
     with pytest.raises(ValueError, match="above 16777216"):

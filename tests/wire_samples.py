@@ -142,7 +142,7 @@ def golden_messages() -> dict[str, Message]:
         "status": a_message(report),
         "camera": a_message(camera),
         "snapshot": a_message(Snapshot(Topic.STATUS, 4, 6, RunState.RUNNING, (encode(a_message(report)),))),
-        "snapshot_map": a_message(Snapshot(Topic.KEYFRAME, 0, 9, RunState.RUNNING, page, 2, 6)),
+        "snapshot_map": a_message(Snapshot(Topic.KEYFRAME, 0, 9, RunState.RUNNING, page, 2, 3, 2, 6)),
         "reply": a_message(Reply(RequestKind.STOP, 42)),
         "refusal": a_message(Refusal("topic: tracks is not kept", 43)),
     }

@@ -83,13 +83,13 @@ class Archive:
     def _map_snapshot(self, request: Request, stream: MessageSource) -> Snapshot:
         """A page of the map as messages of its own, numbered as the last one that they include."""
         self.digest()
-        topic, end = request.topic, self._ends[request.topic]
+        topic, end, start = request.topic, self._ends[request.topic], (request.first_segment, request.first_id)
         if topic not in self._last:
-            return Snapshot(topic, 0, 0, stream.state, ())
+            return Snapshot(topic, 0, 0, stream.state, (), *start)
         max_elements = PAGE_KEYFRAMES if topic is Topic.KEYFRAME else PAGE_POINTS
-        page = self._maps[topic].page(request.first_segment, request.first_id, max_elements, MAX_SNAPSHOT_MESSAGES)
+        page = self._maps[topic].page(*start, max_elements, MAX_SNAPSHOT_MESSAGES)
         updates = page.updates
-        if (request.first_segment, request.first_id) == (0, 0):
+        if start == (0, 0):
             first, *others = updates or (_emptied(self._last[topic]),)
             updates = (replace(first, is_reset=True), *others)
         messages = []
@@ -97,8 +97,7 @@ class Archive:
             header = stream.answer_header(topic, end - 1)
             header = replace(header, frame_index=update.frame_index, capture_time_ns=update.timestamp_ns)
             messages.append(encode(Message(header, update)))
-        next_segment, next_id = page.next_start or (None, None)
-        return Snapshot(topic, 0, end, stream.state, tuple(messages), next_segment, next_id)
+        return Snapshot(topic, 0, end, stream.state, tuple(messages), *start, *(page.next_start or (None, None)))
 
 
 def _emptied(update: MapMessage) -> MapMessage:

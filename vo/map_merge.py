@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vo.messages import KeyframeUpdate, Message, PointsUpdate, Snapshot
+from vo.messages import Message, Snapshot
 
 MAX_PENDING_UPDATES = 512
 
@@ -22,6 +22,7 @@ class MapMerge:
         self._start: tuple[int, int] = (0, 0)
         self._first_needed: int | None = None
         self._next_sequence: int | None = None
+        self._num_sent = 0
         self.is_settled = False
         self.num_duplicates = 0
 
@@ -49,13 +50,14 @@ class MapMerge:
         return [message]
 
     def note_sent(self, num_sent: int) -> None:
-        """The publisher says how many there were: a loss at the end shows too."""
+        """The publisher says by subscription how many there were: a loss at the end shows too."""
+        self._num_sent = num_sent
         if self.is_settled and num_sent > (self._next_sequence or 0):
             self._restart()
 
     def add_page(self, snapshot: Snapshot, messages: list[Message]) -> list[Message]:
         """A page that was asked for, and its messages; what can be handed out now: all of it with the last page."""
-        if self.is_settled or not self._fits(snapshot, messages):
+        if self.is_settled or not self._fits(snapshot):
             return []
         self._first_needed = snapshot.num_sent if self._first_needed is None else self._first_needed
         self._pages += messages
@@ -63,12 +65,13 @@ class MapMerge:
             self._start = (snapshot.next_segment, snapshot.next_id)
             return []
         live = [message for message in self._pending if message.header.sequence >= self._first_needed]
-        sequences = [message.header.sequence for message in live]
-        if sequences != list(range(self._first_needed, self._first_needed + len(live))):
+        end = self._first_needed + len(live)
+        is_whole = [message.header.sequence for message in live] == list(range(self._first_needed, end))
+        if not is_whole or end < self._num_sent:
             self._restart()
             self._pending = live
             return []
-        return self._settle(self._pages + live, self._first_needed + len(live))
+        return self._settle(self._pages + live, end)
 
     def give_up(self) -> tuple[list[Message], tuple[int, int] | None]:
         """Nobody answers: what came by subscription, as it is, and the numbers (first, end) of a loss before it."""
@@ -83,13 +86,10 @@ class MapMerge:
         lost = (known, first) if known is not None and first > known else None
         return self._settle(pending, pending[-1].header.sequence + 1), lost
 
-    def _fits(self, snapshot: Snapshot, messages: list[Message]) -> bool:
+    def _fits(self, snapshot: Snapshot) -> bool:
         """Whether the page continues those before it: an answer may come twice, or after the map was asked for anew."""
-        if self._first_needed is not None and snapshot.num_sent < self._first_needed:
-            return False
-        body = messages[0].body if messages else None
-        is_first = body.is_reset if isinstance(body, KeyframeUpdate | PointsUpdate) else snapshot.num_sent == 0
-        return is_first == (self._start == (0, 0))
+        is_next = (snapshot.first_segment, snapshot.first_id) == self._start
+        return is_next and (self._first_needed is None or snapshot.num_sent >= self._first_needed)
 
     def _restart(self) -> None:
         self._pages, self._pending = [], []

@@ -229,7 +229,8 @@ class Snapshot:
 
     oldest_sequence  the first message that is still kept; what came before it is lost.
     num_sent         messages published on the topic so far; the snapshot may end before the last one.
-    next_segment     with `next_id`: where the next page of a map begins; both None where this was the last one.
+    first_segment    with `first_id`: where this page of a map begins, as it was asked for; None for other topics.
+    next_segment     with `next_id`: where the next page begins; None where this was the last one.
     messages         each the bytes of one message; after decoding, views into the answer.
     """
 
@@ -238,14 +239,19 @@ class Snapshot:
     num_sent: int
     state: RunState
     messages: tuple[bytes | memoryview, ...]
+    first_segment: int | None = None
+    first_id: int | None = None
     next_segment: int | None = None
     next_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("oldest_sequence", "num_sent", "next_segment", "next_id"):
+        for name in ("oldest_sequence", "num_sent", "first_segment", "first_id", "next_segment", "next_id"):
             _check_range(name, getattr(self, name), 0)
-        if (self.next_segment is None) != (self.next_id is None):
-            raise ValueError("next_segment, next_id: expected both or none")
+        for start in ((self.first_segment, self.first_id), (self.next_segment, self.next_id)):
+            if (start[0] is None) != (start[1] is None):
+                raise ValueError("first_segment, first_id, next_segment, next_id: expected both or none of a pair")
+        if (self.of_topic in MAP_TOPICS) != (self.first_id is not None):
+            raise ValueError(f"first_segment, first_id: a page of a map has them, a {self.of_topic.value} has not")
         if len(self.messages) > MAX_SNAPSHOT_MESSAGES:
             raise ValueError(f"messages: {len(self.messages)} is above {MAX_SNAPSHOT_MESSAGES}")
 

@@ -231,6 +231,8 @@ def _encode_body(body: Body) -> tuple[dict[str, object], ArrayMap]:
                 "of_topic": body.of_topic.value,
                 "oldest_sequence": body.oldest_sequence,
                 "num_sent": body.num_sent,
+                "first_segment": body.first_segment,
+                "first_id": body.first_id,
                 "next_segment": body.next_segment,
                 "next_id": body.next_id,
                 "state": body.state.value,
@@ -359,6 +361,8 @@ def _decode_snapshot(header: Header, fields: Fields, arrays: Arrays) -> Snapshot
         num_sent=fields.integer("num_sent"),
         state=fields.choice("state", RunState),
         messages=tuple(data[start:end] for start, end in itertools.pairwise(ends)),
+        first_segment=fields.optional_integer("first_segment"),
+        first_id=fields.optional_integer("first_id"),
         next_segment=fields.optional_integer("next_segment"),
         next_id=fields.optional_integer("next_id"),
     )
