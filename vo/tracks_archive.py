@@ -140,6 +140,8 @@ def _npz(frames: list[FrameTracks]) -> bytes:
 
 def _read_part(path: Path) -> Iterator[FrameTracks]:
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not a zip file, or cut short")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ARRAYS}
         offsets = arrays["offsets"]
