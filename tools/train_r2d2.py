@@ -50,6 +50,9 @@ class TrainingConfig:
     learning_rate: float = setting(1e-4, minimum=0.0, maximum=1.0, help="of Adam")
     patch_px: int = setting(16, minimum=4, help="patches of the losses on repeatability, px")
     query_step: int = setting(8, minimum=1, help="distance of queries, px")
+    border: int = setting(16, minimum=0, help="of an image, without queries, px")
+    positive_px: float = setting(3.0, minimum=0.0, help="as far as this from its true place a match is right, px")
+    negative_px: float = setting(5.0, minimum=0.1, help="from this distance on it is wrong, px")
     warm_up: float = setting(0.1, minimum=0.0, maximum=1.0, help="share of the time in which all are held reliable")
     precision: str = setting("float32", choices=("float32", "bfloat16"), help="of the network's arithmetic")
     warp: WarpConfig = field(default_factory=WarpConfig)
@@ -67,6 +70,9 @@ SMOKE = TrainingConfig(
     steps=600,
     minutes=4.0,
     learning_rate=3e-3,
+    border=8,
+    positive_px=1.0,
+    negative_px=3.0,
     warm_up=0.4,
     precision="bfloat16",
     warp=WarpConfig(rotation_deg=10.0, scale=1.25, shear=0.1, perspective=0.15),
@@ -213,6 +219,9 @@ def pair_losses(network: R2d2Network, batch: Batch, config: TrainingConfig, *, t
         DenseMaps(maps1.descriptors, maps1.reliability),
         batch.flow,
         query_step=config.query_step,
+        border=config.border,
+        positive_px=config.positive_px,
+        negative_px=config.negative_px,
     )
     precision = average_precision(rows.scores, rows.is_match, rows.is_counted)
     peakiness = [peakiness_loss(maps.repeatability, config.patch_px) for maps in (maps0, maps1)]
