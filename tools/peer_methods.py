@@ -1,0 +1,140 @@
+"""The methods that tools/compare_peers.py compares: ours, OpenCV's, and kornia's with the same weights."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+import cv2
+import torch
+
+from frontends.aliked import AlikedConfig
+from frontends.base import Extractor, Matcher
+from frontends.frontend import create_extractor, create_matcher, matcher_weights
+from frontends.lightglue import LightGlueConfig
+from frontends.nearest import NearestConfig
+from frontends.orb import OrbConfig
+from frontends.weights import load_state_dict
+from frontends.xfeat import XFeatConfig
+from vo.bench_peers import KorniaExtractor, KorniaLightGlue, OpenCvExtractor, OpenCvMatcher
+from vo.types import WeightsError
+
+
+class NotHere(Exception):
+    """Why a method cannot be measured on this machine, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What all methods share.
+
+    aliked_model, lightglue_model   ONNX files for OpenCV's own networks; empty where there are none.
+    """
+
+    max_keypoints: int
+    aliked_model: str = ""
+    lightglue_model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A front-end to be compared; `create` gives its extractor and its matcher, or raises NotHere."""
+
+    name: str
+    description: str
+    create: Callable[[Options], tuple[Extractor, Matcher]]
+
+
+def _ours(
+    extractor: AlikedConfig | XFeatConfig | OrbConfig, matcher: LightGlueConfig | NearestConfig
+) -> tuple[Extractor, Matcher]:
+    device = torch.device("cpu")
+    try:
+        made = create_extractor(extractor, device).extractor
+        return made, create_matcher(matcher, made.kind, device).matcher
+    except WeightsError as error:
+        raise NotHere(str(error)) from error
+
+
+def _our_aliked(options: Options) -> tuple[Extractor, Matcher]:
+    return _ours(AlikedConfig(max_keypoints=options.max_keypoints), LightGlueConfig())
+
+
+def _our_xfeat(options: Options) -> tuple[Extractor, Matcher]:
+    return _ours(XFeatConfig(max_keypoints=options.max_keypoints), LightGlueConfig())
+
+
+def _our_orb(options: Options) -> tuple[Extractor, Matcher]:
+    return _ours(OrbConfig(max_keypoints=options.max_keypoints), NearestConfig())
+
+
+def _kornia(config: AlikedConfig | XFeatConfig, weights: str) -> tuple[Extractor, Matcher]:
+    try:
+        features = importlib.import_module("kornia.feature")
+    except ImportError as error:
+        raise NotHere(f"kornia is not installed ({error}); pip install kornia") from error
+    device = torch.device("cpu")
+    try:
+        extractor = KorniaExtractor(config, load_state_dict(weights)[0], features, device)
+        matcher_state = load_state_dict(matcher_weights(weights))[0]
+    except WeightsError as error:
+        raise NotHere(str(error)) from error
+    return extractor, KorniaLightGlue(LightGlueConfig(), matcher_state, features, device)
+
+
+def _kornia_aliked(options: Options) -> tuple[Extractor, Matcher]:
+    return _kornia(AlikedConfig(max_keypoints=options.max_keypoints), "aliked-t16")
+
+
+def _kornia_xfeat(options: Options) -> tuple[Extractor, Matcher]:
+    return _kornia(XFeatConfig(max_keypoints=options.max_keypoints), "xfeat")
+
+
+def _opencv(kind: str, detector: cv2.Feature2D, norm: int, options: Options) -> tuple[Extractor, Matcher]:
+    extractor = OpenCvExtractor(kind, detector, options.max_keypoints, takes_color=False)
+    return extractor, OpenCvMatcher(cv2.BFMatcher(norm, crossCheck=True), wants_keypoints=False)
+
+
+def _opencv_orb(options: Options) -> tuple[Extractor, Matcher]:
+    return _opencv("opencv-orb", cv2.ORB.create(nfeatures=options.max_keypoints), cv2.NORM_HAMMING, options)
+
+
+def _opencv_sift(options: Options) -> tuple[Extractor, Matcher]:
+    return _opencv("opencv-sift", cv2.SIFT.create(nfeatures=options.max_keypoints), cv2.NORM_L2, options)
+
+
+def _opencv_aliked(options: Options) -> tuple[Extractor, Matcher]:
+    if not hasattr(cv2, "ALIKED") or not hasattr(cv2, "LightGlueMatcher"):
+        raise NotHere(f"OpenCV {cv2.__version__} has no ALIKED and LightGlueMatcher; they came with 5.0")
+    if not options.aliked_model or not options.lightglue_model:
+        raise NotHere(
+            "OpenCV brings no weights for its networks; give --opencv-aliked F.onnx and --opencv-lightglue F.onnx"
+        )
+    try:
+        detector = cv2.ALIKED.create(options.aliked_model)
+        matcher = cv2.LightGlueMatcher.create(options.lightglue_model)
+    except cv2.error as error:
+        raise NotHere(f"OpenCV cannot read the models: {' '.join(str(error).split())}") from error
+    extractor = OpenCvExtractor("opencv-aliked", detector, options.max_keypoints, takes_color=True)
+    return extractor, OpenCvMatcher(matcher, wants_keypoints=True)
+
+
+def _kornia_version() -> str:
+    try:
+        return metadata.version("kornia")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+METHODS = (
+    Method("ours-aliked", "ALIKED-T16 + LightGlue", _our_aliked),
+    Method("kornia-aliked", f"ALIKED-T16 + LightGlue, kornia {_kornia_version()}, same weights", _kornia_aliked),
+    Method("opencv-aliked", f"ALIKED + LightGlueMatcher, OpenCV {cv2.__version__}", _opencv_aliked),
+    Method("ours-xfeat", "XFeat + LightGlue", _our_xfeat),
+    Method("kornia-xfeat", f"XFeat + LightGlue, kornia {_kornia_version()}, same weights", _kornia_xfeat),
+    Method("ours-orb", "ORB + mutual nearest", _our_orb),
+    Method("opencv-orb", f"ORB + brute force, OpenCV {cv2.__version__}", _opencv_orb),
+    Method("opencv-sift", f"SIFT + brute force, OpenCV {cv2.__version__}", _opencv_sift),
+)
