@@ -93,7 +93,7 @@ def read_truth(source: Source, frames: Sequence[Frame]) -> Trajectory:
 def lap(
     source: Source, frames: Sequence[Frame], truth: Trajectory, extractor: Extractor, matcher: Matcher
 ) -> dict[str, object]:
-    """Two views of frames that lie three apart and the full odometry on the same features; times in ms for every frame."""
+    """Two views of frames three apart and the full odometry, on the same features; times in ms of every frame."""
     times_ms: dict[str, list[float]] = {"extract": [], "match": [], "two_view": [], "track": [], "frame": []}
     views = TwoViews(source, frames, truth)
     clock = _MatchClock(matcher)
