@@ -76,9 +76,11 @@ def observed_tracks(
     )
 
 
-def jpeg_of(frame: Frame) -> CompressedImage:
-    data = cv2.imencode(".jpg", cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR))[1].reshape(-1)
-    return CompressedImage(frame.index, frame.timestamp_ns, frame.camera.width, frame.camera.height, data)
+def jpeg_of(frame: Frame, reduction: int = 1) -> CompressedImage:
+    width, height = frame.camera.width // reduction, frame.camera.height // reduction
+    image = cv2.resize(cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR), (width, height), interpolation=cv2.INTER_AREA)
+    data = cv2.imencode(".jpg", image)[1].reshape(-1)
+    return CompressedImage(frame.index, frame.timestamp_ns, width, height, data)
 
 
 def say_run(
@@ -88,6 +90,7 @@ def say_run(
     noise_px: float = 0.3,
     start_ns: int = START_NS,
     with_map: bool = True,
+    reduction: int = 1,
     on_keyframe: Callable[[Frame], None] | None = None,
     on_frame: Callable[[int], None] | None = None,
 ) -> Truth:
@@ -117,7 +120,7 @@ def say_run(
             if with_map:
                 stream.publish_map(map_update(truth, index, time_ns, start_ns))
         if index % 5 == 0:
-            stream.publish_image(jpeg_of(frame))
+            stream.publish_image(jpeg_of(frame, reduction))
         if on_frame is not None:
             on_frame(index)
     return truth
