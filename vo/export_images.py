@@ -50,7 +50,8 @@ def write_jpegs(
         name = image_name(frame_index, ".jpg")
         data = jpeg
         if camera is not None:
-            data = _encoded(undistorted(image, scaled_camera(camera, width, height)), ".jpg", name)
+            pixels = undistorted(np.asarray(image, np.uint8), scaled_camera(camera, width, height))
+            data = _encoded(pixels, ".jpg", name)
         write_atomically(directory / name, data)
         names[frame_index] = name
     return names, size or (0, 0)
@@ -64,7 +65,9 @@ def write_source_images(
     names: dict[int, str] = {}
     for frame in source.frames():
         if frame.index in wanted:
-            image = frame.image if frame.image.ndim == 2 else cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR)
+            image: Image = frame.image
+            if image.ndim == 3:
+                image = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8)
             name = image_name(frame.index, ".png")
             data = image if camera is None else undistorted(image, camera)
             write_atomically(directory / name, _encoded(data, ".png", name))

@@ -165,7 +165,12 @@ def _triangulate(
 
 
 def _refinement(
-    poses: FloatArray, rays: FloatArray, starts: NDArray[np.intp], points: FloatArray, counts: FloatArray, kernel: float
+    poses: FloatArray,
+    rays: FloatArray,
+    starts: NDArray[np.intp],
+    points: FloatArray,
+    counts: NDArray[np.intp],
+    kernel: float,
 ) -> FloatArray:
     """One damped Gauss-Newton step for every point, with a Cauchy kernel."""
     R = poses[:, :3, :3]
@@ -181,7 +186,7 @@ def _refinement(
     return np.asarray(-np.linalg.solve(H + damping[:, None, None] * np.eye(3), g[..., None])[..., 0])
 
 
-def _medians(values: FloatArray, starts: NDArray[np.intp], counts: FloatArray) -> FloatArray:
+def _medians(values: FloatArray, starts: NDArray[np.intp], counts: NDArray[np.intp]) -> FloatArray:
     """The (upper) median of every run of `values`."""
     groups = np.repeat(np.arange(len(starts)), counts)
     ordered = values[np.lexsort((values, groups))]
