@@ -16,6 +16,20 @@ import msgpack
 import numpy as np
 import pytest
 import zmq
+from wire_runs import (
+    ANY_PORT,
+    CAMERA,
+    PATIENCE_S,
+    a_pose,
+    a_publisher,
+    all_received,
+    nothing_left_behind,
+    received,
+    sequences,
+    some_tracks,
+    wait_until,
+    wait_until_heard,
+)
 
 from vo.client import Client
 from vo.config import PublisherConfig
@@ -39,76 +53,12 @@ from vo.publisher import Publisher, PublishError
 from vo.types import Camera, ConfigError, FrameTracks, PoseEstimate, TrackingStatus
 
 REPOSITORY = Path(__file__).parents[1]
-ANY_PORT = PublisherConfig(endpoint="tcp://127.0.0.1:*", heartbeat_hz=50.0)
-PATIENCE_S = 20
-CAMERA = Camera(640, 480, np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]]))
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
-    """Every test must end its threads and close its sockets."""
-    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
-    yield
-    assert set(threading.enumerate()) == threads
-    assert len(os.listdir("/proc/self/fd")) == files
-
-
-def a_publisher(config: PublisherConfig = ANY_PORT) -> Publisher:
-    return Publisher(config, MessageStream(CAMERA, heartbeat_hz=config.heartbeat_hz, with_tracks=config.publish_tracks))
-
-
-def a_pose(index: int) -> PoseEstimate:
-    T = np.eye(4)
-    T[:3, 3] = (0.01 * index, -0.02 * index, 0.03 * index)
-    return PoseEstimate(index, 33_333_333 * index, T, TrackingStatus.TRACKING, np.eye(6) * 1e-4, num_inliers=index)
-
-
-def some_tracks(index: int, num_tracks: int = 1000) -> FrameTracks:
-    return FrameTracks(
-        frame_index=index,
-        timestamp_ns=33_333_333 * index,
-        track_ids=np.arange(num_tracks),
-        keypoints=np.full((num_tracks, 2), index, np.float32),
-        lengths=np.ones(num_tracks, np.int32),
-        has_landmark=np.zeros(num_tracks, np.bool_),
-    )
-
-
-def wait_until(condition: Callable[[], bool], meanwhile: Callable[[], object] = lambda: time.sleep(0.005)) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        meanwhile()
-
-
-def wait_until_heard(subscriber: Client) -> None:
-    """Until a heartbeat has come: from then on the publisher knows of the subscription."""
-    wait_until(lambda: subscriber.inbox.last_heard_s is not None, lambda: subscriber.receive(0.01))
-
-
-def received(subscriber: Client, num_messages: int) -> list[Message]:
-    messages: list[Message] = []
-    deadline_s = time.monotonic() + PATIENCE_S
-    while len(messages) < num_messages:
-        message = subscriber.receive(PATIENCE_S)
-        messages += [] if message is None else [message]
-        assert time.monotonic() < deadline_s, f"only {len(messages)} of {num_messages} messages came"
-    return messages
-
-
-def all_received(subscriber: Client) -> list[Message]:
-    """Everything up to the end of the run."""
-    messages: list[Message] = []
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not subscriber.inbox.is_complete:
-        assert time.monotonic() < deadline_s, "the run did not end"
-        message = subscriber.receive(0.1)
-        messages += [] if message is None else [message]
-    return messages
-
-
-def sequences(messages: list[Message]) -> list[int]:
-    return [message.header.sequence for message in messages]
+def clean() -> Iterator[None]:
+    with nothing_left_behind():
+        yield
 
 
 @pytest.fixture

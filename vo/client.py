@@ -16,7 +16,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from vo.endpoints import DEFAULT_ENDPOINT, request_endpoint
-from vo.inbox import Inbox
+from vo.inbox import ANSWER_TIMEOUT_S, Inbox
 from vo.keys import ClientKeys
 from vo.messages import (
     CompressedImage,
@@ -214,9 +214,9 @@ class Client:
         self._ask(RequestKind.STOP, timeout_s)
 
     def send_scale(self, reading: ScaleReading) -> bool:
-        """Sends a reading without waiting for the answer; whether it is on its way: without a connection it is not.
+        """Sends a reading and waits for nothing; whether it is on its way: without a connection it is not.
 
-        A refusal counts in `inbox.num_refused` when more is received; `inbox.last_error` says why.
+        Only a refusal is answered; it counts in `inbox.num_refused` when more is received; `inbox.last_error` says why.
         """
         return self._send(Request(RequestKind.SCALE, scale=reading, tag=self._next_tag()))
 
@@ -268,10 +268,11 @@ class Client:
     def _ask(self, kind: RequestKind, timeout_s: float) -> Reply:
         """Sends a request until it is on its way, and waits for the answer."""
         deadline_s = time.monotonic() + timeout_s
-        request, was_sent = Request(kind, tag=self._next_tag()), False
+        request, send_s = Request(kind, tag=self._next_tag()), 0.0
         while True:
-            was_sent = was_sent or self._send(request)
             now_s = self._work()
+            if now_s >= send_s:  # an answer may get lost, and what is asked for here may be asked twice
+                send_s = now_s + (ANSWER_TIMEOUT_S if self._send(request) else RETRY_S)
             answer = self.inbox.take_reply(request.tag)
             if isinstance(answer, Refusal):
                 raise RefusedError(f"{self._endpoint}: {answer.reason}")
@@ -280,7 +281,7 @@ class Client:
             if now_s >= deadline_s:
                 problem = f": {self.connection_problem}" if self.connection_problem else ""
                 raise NoAnswerError(f"{self._endpoint}: no answer to {kind.value} within {timeout_s:g} s{problem}")
-            self._dealer.poll(max(0, int((min(deadline_s, now_s + RETRY_S) - now_s) * 1000) + 1))
+            self._dealer.poll(max(0, int((min(deadline_s, send_s) - now_s) * 1000) + 1))
 
     def _work(self) -> float:
         """Takes what has arrived and asks for what is missing; the time when it did."""

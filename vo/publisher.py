@@ -217,6 +217,8 @@ class Publisher:
                 waited_for.pop(envelope[0], None)
                 return
             answer = self._served(request)
+            if answer is None:
+                return
         except ProtocolError as error:
             self.num_refused += 1
             answer = self._encode_answer(Topic.REFUSAL, Refusal(str(error)[:200], tag))
@@ -227,8 +229,8 @@ class Publisher:
                 del waited_for[next(iter(waited_for))]
         self._router.send_multipart([*envelope, answer], zmq.NOBLOCK)
 
-    def _served(self, request: Request) -> bytes:
-        """Does what is asked for and gives the answer. Raises ProtocolError with the reason why not."""
+    def _served(self, request: Request) -> bytes | None:
+        """Does what is asked for; the answer, if there is one. Raises ProtocolError with the reason why not."""
         match request.kind:
             case RequestKind.SNAPSHOT:
                 return self._encode_answer(Topic.SNAPSHOT, self._archive.snapshot(request, self.stream))
@@ -238,6 +240,7 @@ class Publisher:
                 self.on_stop()
             case RequestKind.SCALE:
                 self._accept_scale(request.scale)
+                return None  # they come many times a second, and the queue of answers is short
         return self._encode_answer(Topic.REPLY, Reply(request.kind, request.tag))
 
     def _accept_scale(self, reading: ScaleReading | None) -> None:
