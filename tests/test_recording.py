@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -452,3 +453,19 @@ def test_a_file_that_cannot_be_made_is_refused_before_the_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         McapRecorder(tmp_path / "file" / "run.mcap")
+
+
+def test_a_missing_package_is_named_with_the_remedy_before_the_run(tmp_path):
+    program = "import sys; sys.modules['mcap'] = None; from vo.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["run", str(write_drive(tmp_path, 3)), "--config", "orb", "--record", str(tmp_path / "run.mcap")]
+    run = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1 and "lightvo[record]" in run.stderr, run.stderr
+    assert not (tmp_path / "run.mcap").exists()
+
+
+@pytest.mark.parametrize("missing", ["foxglove_schemas_protobuf.Pose_pb2", "google.protobuf.message"])
+def test_so_are_the_packages_of_the_schemas(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(OutputError, match=r"lightvo\[record\]"):
+        runpy.run_path(str(ROOT / "vo" / "foxglove.py"))

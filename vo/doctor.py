@@ -9,7 +9,7 @@ import platform
 import shutil
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -30,6 +30,8 @@ LIBRARIES = (
     ("rich", "rich"),
 )
 """What lightvo imports, and the distribution that brings it."""
+OPTIONAL_LIBRARIES = (("mcap", "mcap"), ("foxglove_schemas_protobuf", "foxglove-schemas-protobuf"))
+"""What recordings need besides."""
 
 DEFAULT_WEIGHTS = ("aliked-t16", "lightglue-light-aliked-t16")
 MIN_FREE_BYTES = 500_000_000
@@ -62,6 +64,8 @@ def examine(endpoint: str) -> Iterator[Check]:
     yield _check_python()
     for module, distribution in LIBRARIES:
         yield _check_library(module, distribution)
+    for module, distribution in OPTIONAL_LIBRARIES:
+        yield replace(_check_library(module, distribution), is_required=False)
     yield _check_device()
     yield from _check_weights()
     yield _check_endpoint(endpoint)
