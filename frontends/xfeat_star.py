@@ -25,7 +25,7 @@ from frontends.xfeat import check_image, gray_batch, keep_freed_memory, picked_p
 from frontends.xfeat_network import CELL_PX, DESCRIPTOR_DIM, checkpoint_tensor, fold_batch_norm, load_network
 
 # Inverse temperature of the distribution over the pixels of a cell.
-_SHARPNESS = 3.0
+SHARPNESS = 3.0
 _COARSE_SHARE = 0.2
 # Rows of the similarity matrix that are in memory at a time: 40 MB at 10000 cells.
 _ROWS_AT_A_TIME = 1024
@@ -180,7 +180,7 @@ def refine(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     The offset is the mean of the distribution, counted from the pixel at (4, 4); the confidence its largest value.
     """
-    probabilities = (_SHARPNESS * logits).softmax(dim=1)
+    probabilities = (SHARPNESS * logits).softmax(dim=1)
     steps = torch.arange(CELL_PX, device=logits.device, dtype=logits.dtype) - CELL_PX // 2
     grid = probabilities.view(-1, CELL_PX, CELL_PX)
     return torch.stack((grid.sum(dim=1) @ steps, grid.sum(dim=2) @ steps), dim=1), probabilities.amax(dim=1)

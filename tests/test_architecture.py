@@ -53,13 +53,21 @@ LAYERS = (
     {"vo.pipeline", "vo.run_files"},
     {"vo.run_report", "vo.replay_command", "vo.export_input", "vo.export_images", "vo.export_command"},
     {"vo.bench_statistics", "vo.bench_machine", "vo.bench_peers", "vo.bench_report", "vo.bench_compare", "vo.bench"},
-    {"vo.run_command"},
+    {
+        "vo.run_command",
+        "vo.batch_manifest",
+        "vo.batch_jobs",
+        "vo.batch_ray",
+        "vo.batch_table",
+        "vo.batch_command",
+    },
     {"vo.cli"},
     {"vo.__main__"},
 )
 ONLY_IMPORTERS = {
     "zmq": {"vo/publisher.py", "vo/client.py", "vo/keys_command.py"},
     "evo": {"vo/evaluation.py"},
+    "ray": {"vo/batch_ray.py"},
     "open3d": {"vo/viewer.py"},
     "mcap": {"vo/recording.py"},
     "foxglove_schemas_protobuf": {"vo/foxglove.py"},
@@ -113,6 +121,11 @@ def test_imports_point_down(path):
 def test_a_library_has_one_door(library):
     importers = {path.as_posix() for path in MODULES if any(name.split(".")[0] == library for name in imports(path))}
     assert importers <= ONLY_IMPORTERS[library]
+
+
+def test_no_run_imports_what_only_training_needs():
+    importers = [path for path in MODULES if any(name.startswith("frontends.training") for name in imports(path))]
+    assert all(path.parts[:2] == ("frontends", "training") for path in importers)
 
 
 def test_data_folders_hold_no_packages():

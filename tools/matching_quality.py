@@ -3,8 +3,9 @@
     python tools/matching_quality.py --source kitti:DIR --gaps 1,3,5 --json benchmarks/matching.json
 
 {ALIKED-T16, XFeat} x {LightGlue with all layers and points, LightGlue adaptive, mutual nearest neighbours}, for frames
-that lie the given numbers of frames apart. Features are extracted once per frame and kept in memory. Prints the tables
-of BENCHMARKS.md; --json keeps the figures for tools/write_benchmarks.py.
+that lie the given numbers of frames apart; R2D2, XFeat* and LoFTR with the one matcher they have, where their weights
+are given (--extractors r2d2 --weights r2d2=FILE). Features are extracted once per frame and kept in memory. Prints the
+tables of BENCHMARKS.md; --json keeps the figures for tools/write_benchmarks.py.
 """
 
 from __future__ import annotations
@@ -43,13 +44,18 @@ SCHEMA = "lightvo-matching/1"
 EXTRACTORS = {
     "aliked-t16": ("frontend.extractor.name=aliked", "frontend.extractor.variant=t16"),
     "xfeat": ("frontend.extractor.name=xfeat",),
+    "r2d2": ("frontend.extractor.name=r2d2",),
+    "xfeat-star": ("frontend.extractor.name=xfeat-star",),
+    "loftr": ("frontend.extractor.name=loftr",),
 }
+DEFAULT_EXTRACTORS = ("aliked-t16", "xfeat")
 FULL, ADAPTIVE = "lightglue, full", "lightglue, adaptive"
 MATCHERS = {
     FULL: ("frontend.matcher.name=lightglue", "frontend.matcher.preset=accurate"),
     ADAPTIVE: ("frontend.matcher.name=lightglue",),
     "nearest": ("frontend.matcher.name=nearest",),
 }
+FOLLOWED = {"followed": ("frontend.matcher.name=followed",)}
 _MAX_TIME_DIFFERENCE_NS = 10_000_000
 _PERIOD_S = 10.0
 
@@ -85,7 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=int, default=1, help="take every STEP-th pair of a gap (default: every pair)")
     parser.add_argument("--frames", type=int, help="use the first N frames (default: all)")
     parser.add_argument("--keypoints", type=int, default=1024, help="per frame at most (default: %(default)s)")
-    parser.add_argument("--extractors", type=_words, default=tuple(EXTRACTORS), help="with commas (default: all)")
+    parser.add_argument(
+        "--extractors", type=_words, default=DEFAULT_EXTRACTORS, help="with commas (default: aliked-t16,xfeat)"
+    )
+    parser.add_argument(
+        "--weights", type=_weights, action="append", default=[], metavar="EXTRACTOR=FILE", help="repeatable"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=V", help="change one key of the adaptive runs"
     )
@@ -105,9 +116,10 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     for extractor in options.extractors:
         found = measure(sequence, extractor, options)
         for gap in options.gaps:
-            methods += [summarise(extractor, matcher, gap, found[matcher, gap]) for matcher in MATCHERS]
-            cost = adaptive_cost(extractor, gap, found[FULL, gap], found[ADAPTIVE, gap])
-            costs += [cost] if cost is not None else []
+            methods += [summarise(extractor, matcher, gap, found[matcher, gap]) for matcher in matchers_of(extractor)]
+            if FULL in matchers_of(extractor):
+                cost = adaptive_cost(extractor, gap, found[FULL, gap], found[ADAPTIVE, gap])
+                costs += [cost] if cost is not None else []
     depth, width, _ = adaptive_config(options).limits()
     return {
         "schema": SCHEMA,
@@ -124,6 +136,20 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         "methods": [asdict(method) for method in methods],
         "adaptive_costs": [asdict(cost) for cost in costs],
     }
+
+
+def matchers_of(extractor: str) -> dict[str, tuple[str, ...]]:
+    """The matchers that know the features of an extractor, each by its overrides."""
+    if extractor in ("xfeat-star", "loftr"):
+        return FOLLOWED
+    return {"nearest": MATCHERS["nearest"]} if extractor == "r2d2" else MATCHERS
+
+
+def extractor_overrides(extractor: str, options: argparse.Namespace) -> list[str]:
+    """What chooses an extractor, with as many keypoints as asked for."""
+    section = "frontend.extractor" + (".following" if matchers_of(extractor) is FOLLOWED else "")
+    weights = [f"frontend.extractor.weights={file}" for name, file in options.weights if name == extractor]
+    return [*EXTRACTORS[extractor], f"{section}.max_keypoints={options.keypoints}", *weights]
 
 
 def adaptive_config(options: argparse.Namespace) -> LightGlueConfig:
@@ -156,9 +182,9 @@ def measure(
 ) -> dict[tuple[str, int], list[PairQuality]]:
     """Every matcher on every pair of every gap, by matcher and gap."""
     device = torch.device(options.device)
-    common = [*EXTRACTORS[extractor], f"frontend.extractor.max_keypoints={options.keypoints}"]
+    common = extractor_overrides(extractor, options)
     matchers: dict[str, Matcher] = {}
-    for name, overrides in MATCHERS.items():
+    for name, overrides in matchers_of(extractor).items():
         extra = options.set if name == ADAPTIVE else []
         frontend = create_frontend(load_config(None, [*common, *overrides, *extra]).frontend, device)
         matchers[name] = frontend.matcher
@@ -217,6 +243,10 @@ def command_line(options: argparse.Namespace) -> str:
     words += ["--gaps", ",".join(map(str, options.gaps)), "--step", str(options.step)]
     words += ["--keypoints", str(options.keypoints)]
     words += ["--frames", str(options.frames)] if options.frames is not None else []
+    if options.extractors != DEFAULT_EXTRACTORS:
+        words += ["--extractors", ",".join(options.extractors)]
+    for name, file in options.weights:
+        words += ["--weights", f"{name}={Path(file).name}"]
     for override in options.set:
         words += ["--set", override]
     return shlex.join(words)
@@ -232,6 +262,13 @@ def _words(text: str) -> tuple[str, ...]:
         if word not in EXTRACTORS:
             raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(EXTRACTORS)}")
     return words
+
+
+def _weights(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not equals or name not in EXTRACTORS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no EXTRACTOR=FILE with one of {', '.join(EXTRACTORS)}")
+    return name, file
 
 
 if __name__ == "__main__":
