@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recording(commands)
     _add_export(commands)
     _add_eval(commands)
+    _add_batch(commands)
     _add_bench(commands)
     _add_weights(commands)
     _add_doctor(commands)
@@ -234,6 +235,27 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--report", metavar="DIR", type=Path, help="write report.html, figures and plots there")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
     parser.set_defaults(command=_eval)
+
+
+def _add_batch(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "batch",
+        help="run many sequences with many configurations into one table",
+        description="Runs what a manifest lists and has not been run yet; the same command goes on where it stopped.",
+    )
+    parser.add_argument("manifest", metavar="MANIFEST", help="YAML file, or kitti, tum, euroc, heads")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="results and table.md, .csv, .html")
+    parser.add_argument("--data", metavar="DIR", help="what {data} stands for in it (default: LIGHTVO_DATA)")
+    parser.add_argument("--jobs", metavar="N", type=_positive, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
+    parser.add_argument("--max-frames", metavar="N", type=_positive, help="stop every run after so many")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, local"
+    )
+    parser.add_argument("--ray-cpus", metavar="N", type=_rate, default=1.0, help="processors for each run there")
+    parser.add_argument("--ray-gpus", metavar="N", type=_seconds, default=0.0, help="GPUs, or shares of one, for each")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no table, errors only")
+    parser.set_defaults(command=_batch)
 
 
 def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -417,6 +439,25 @@ def _eval(options: argparse.Namespace) -> int:
             truth_sensor=options.truth_sensor,
             report=options.report,
             is_json=options.json,
+        )
+    )
+
+
+def _batch(options: argparse.Namespace) -> int:
+    from vo.batch_command import BatchRequest, batch_command
+
+    return batch_command(
+        BatchRequest(
+            manifest=options.manifest,
+            output=options.output,
+            data=options.data,
+            num_jobs=options.jobs,
+            device=options.device,
+            max_frames=options.max_frames,
+            ray=options.ray,
+            ray_cpus=options.ray_cpus,
+            ray_gpus=options.ray_gpus,
+            is_quiet=options.quiet,
         )
     )
 

@@ -87,6 +87,12 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
     return config
 
 
+def load_settings(expected: type[ConfigTree], path: Path) -> ConfigTree:
+    """A file with any tree of dataclasses, as strictly. Raises ConfigError in one line that begins with its name."""
+    with _errors_from(path.name):
+        return parse_config(expected, _read_tree(_read_text(path)))
+
+
 def dump_config(config: object) -> str:
     """YAML with every key of a tree of config dataclasses; loads back to an equal tree."""
     return yaml.dump(config_tree(config), Dumper=_Writer, sort_keys=False, allow_unicode=True, width=100)
