@@ -299,6 +299,7 @@ def test_every_pass_of_a_loop_is_a_session_of_its_own(recorded, free_port):
         (("--start", "60"), "is over after"),
         (("--start", "1", "--end", "0.5"), "--end"),
         (("--publish", "ipc://x"), "ipc://x"),
+        (("--publish", "off"), "--publish off"),
         (("--publish", "tcp://0.0.0.0:5999"), "0.0.0.0"),
     ],
 )

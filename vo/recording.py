@@ -44,6 +44,7 @@ METADATA_NAME = "lightvo"
 _RECORD_HEADER = struct.Struct("<BQ")
 _CHUNK_HEADER = struct.Struct("<QQQ")
 _KNOWN_OPCODES = frozenset(int(opcode) for opcode in Opcode)
+_FIRST_PRIVATE_OPCODE = 0x80
 
 
 class RecordingError(VoError):
@@ -297,7 +298,7 @@ def _walk(file: IO[bytes], path: Path) -> _Contents:
             return contents
         opcode, length = _RECORD_HEADER.unpack(head)
         start, end = file.tell(), file.tell() + length
-        if opcode not in _KNOWN_OPCODES or end > num_bytes:
+        if (opcode not in _KNOWN_OPCODES and opcode < _FIRST_PRIVATE_OPCODE) or end > num_bytes:
             return contents
         if opcode == Opcode.CHUNK:
             start_ns, end_ns, num_uncompressed = _CHUNK_HEADER.unpack(file.read(_CHUNK_HEADER.size))

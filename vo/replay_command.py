@@ -149,6 +149,8 @@ def _rewrite(recording: Recording, path: Path) -> int:
 
 
 def _check(request: ReplayRequest) -> None:
+    if request.endpoint == "off":
+        raise ConfigError("--publish off: a replay does nothing else; give an address, as in tcp://127.0.0.1:5570")
     if not 0 < request.rate <= MAX_RATE:
         raise ConfigError(f"--rate: expected more than 0 and at most {MAX_RATE:g}, got {request.rate:g}")
     if not request.start_s >= 0:
