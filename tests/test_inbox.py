@@ -307,6 +307,14 @@ def test_a_new_session_is_noticed_and_the_old_one_settled() -> None:
     assert inbox.session_id == "second" and taken(inbox) == []
 
 
+def test_a_new_session_takes_nothing_back_that_was_delivered_live() -> None:
+    first, second, inbox = Run("first"), Run("second"), Inbox([Topic.POSE], catch_up=False)
+    for data in (first.pose(), first.pose(), first.status(), second.pose()):
+        inbox.accept_published(data, 0.0)
+    assert taken(inbox) == [0, 1, 0]
+    assert inbox.num_lost[Topic.POSE] == 0 and inbox.take_gaps() == ()
+
+
 def test_gaps_of_topics_that_nobody_keeps() -> None:
     run, inbox = Run(), Inbox([Topic.TRACKS])
     run.tracks()

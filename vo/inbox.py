@@ -326,7 +326,8 @@ class Inbox:
     def _begin(self, session_id: str) -> _Session:
         """A run begins; the one before it ends as it is."""
         if self._session is not None:
-            self._give_up_before(self._session, max(self._session.num_poses, self._session.merge.end))
+            if self._catches_up:
+                self._give_up_before(self._session, max(self._session.num_poses, self._session.merge.end))
             self._retired.append(self._session.session_id)
         self._session = _Session(session_id, maps={topic: MapMerge() for topic in self._map_topics})
         self.num_sessions += 1
