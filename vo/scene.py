@@ -70,7 +70,10 @@ class Chunk:
 
     @property
     def is_empty(self) -> bool:
-        return len(self.points) == 0 if self.lines is None else len(self.lines) == 0
+        """Nothing to draw: no point, or no line that has a length (which Open3D does not survive)."""
+        if self.lines is None:
+            return len(self.points) == 0
+        return not np.any(self.points[self.lines[:, 0]] != self.points[self.lines[:, 1]])
 
 
 class PathChunks:
@@ -87,10 +90,12 @@ class PathChunks:
         return len(self._ends)
 
     def add(self, start: FloatArray, end: FloatArray, color: Color) -> None:
-        """Adds one line from `start` (3,) to `end` (3,)."""
+        """Adds one line from `start` (3,) to `end` (3,); a camera that stands still adds none."""
+        if np.array_equal(start.astype(np.float32), end.astype(np.float32)):
+            return
         self.dirty[len(self) // SEGMENTS_PER_CHUNK] = None
-        self._starts.append(np.asarray(start)[None])
-        self._ends.append(np.asarray(end)[None])
+        self._starts.append(start[None])
+        self._ends.append(end[None])
         self._colors.append(np.array([color]))
 
     def chunk(self, number: int) -> Chunk:

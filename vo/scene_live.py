@@ -101,7 +101,7 @@ class LiveScene:
         if self._aligner.alignment is not None:
             self.scene.T_world_truth = self._aligner.alignment.T_world_truth
 
-    def lines(self, link: Link, eye: str) -> list[TextLine]:
+    def lines(self, link: Link) -> list[TextLine]:
         """The figures, from the most to the least important."""
         pose, report, scene = self._pose, self._report, self.scene
         lines = [self._status_line()]
@@ -109,9 +109,10 @@ class LiveScene:
         latency = "-" if self._latency_ms is None else f"{self._latency_ms:.1f} ms"
         lines.append(TextLine(f"{fps:.1f} fps    wire latency {latency}    {self._num_dropped()} dropped"))
         if pose is not None:
-            lines.append(TextLine(f"inliers {pose.num_inliers} of {pose.num_matches} matches"))
-        lines.append(TextLine(f"tracks {self.picture.num_tracks}    landmarks {scene.num_landmarks}"))
-        lines.append(TextLine(f"poses {scene.num_poses}    keyframes {scene.num_keyframes}"))
+            inliers = f"{pose.num_inliers} inliers of {pose.num_matches} matches"
+            lines.append(TextLine(f"{inliers}    {self.picture.num_tracks} tracks"))
+        counts = (scene.num_poses, "poses"), (scene.num_keyframes, "keyframes"), (scene.num_landmarks, "landmarks")
+        lines.append(TextLine("    ".join(f"{number} {name}" for number, name in counts)))
         if pose is not None:
             is_relative = pose.scale_source == "relative"
             unit = "unit: depth of the first landmarks" if is_relative else "metres"
@@ -122,7 +123,7 @@ class LiveScene:
             lines.append(TextLine("truth: no pose of its time yet" if alignment is None else alignment.text))
         if not self.picture.has_image:
             lines.append(TextLine("no images (publisher.image_hz is 0?)", DIM_COLOR))
-        lines += [self._link_line(link), TextLine(f"view: {eye}", DIM_COLOR)]
+        lines.append(self._link_line(link))
         return lines
 
     def _forget(self) -> None:

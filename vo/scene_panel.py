@@ -19,7 +19,8 @@ from vo.types import Camera, FrameTracks
 PANEL_WIDTH = 420
 MARGIN = 10
 TEXT_SIZE = 14
-LINE_HEIGHT = 21
+TEXT_WEIGHT = 500
+LINE_HEIGHT = 20
 OLD_AGE = 30
 NUM_AGE_COLORS = 16
 TAIL_FRAMES = 6
@@ -211,7 +212,7 @@ class Panel:
             self._write(canvas, label, left + round(32 * scale), line, color, scale)
 
     def _write(self, canvas: Picture, text: str, x: int, y: int, color: Color, scale: float) -> None:
-        cv2.putText(canvas, text, (x, y), rgb(color), self._font, round(TEXT_SIZE * scale))
+        cv2.putText(canvas, text, (x, y), rgb(color), self._font, round(TEXT_SIZE * scale), TEXT_WEIGHT)
 
 
 def compose(panel: Picture | None, scene: Picture) -> Picture:

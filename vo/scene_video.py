@@ -14,6 +14,7 @@ from vo.scene_panel import Picture
 
 CODEC = "mp4v"
 MAX_REPEATS = 3600
+ROUNDING = 1e-6
 
 
 def write_picture(path: Path, picture: Picture) -> Path:
@@ -51,7 +52,7 @@ class VideoWriter:
 
     def is_due(self) -> bool:
         """Whether it is time for another picture."""
-        return self._last is None or self._clock() - self._start_s >= self.num_pictures / self._fps
+        return self._last is None or (self._clock() - self._start_s) * self._fps >= self.num_pictures - ROUNDING
 
     def write(self, picture: Picture) -> None:
         """Adds an RGB picture, (H, W, 3), as late in the video as it comes. Raises OutputError."""

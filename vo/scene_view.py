@@ -130,7 +130,7 @@ def overview_gaze(low: FloatArray, high: FloatArray, aspect: float) -> Gaze:
     half_angle = np.deg2rad(FIELD_OF_VIEW_DEG / 2)
     half_angle = min(half_angle, float(np.arctan(np.tan(half_angle) * aspect)))
     direction = np.array([0.25, -0.75, -0.65])
-    eye = centre + direction / np.linalg.norm(direction) * (0.9 * radius / np.sin(half_angle))
+    eye = centre + direction / np.linalg.norm(direction) * (radius / np.sin(half_angle))
     return Gaze(eye, centre, UP, 0.01 * radius, 100 * radius)
 
 

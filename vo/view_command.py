@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vo.keys import ClientKeys
 from vo.output import OutputError
+from vo.scene import Layer
 from vo.scene_feed import SceneFeed
 from vo.scene_live import LiveScene
 from vo.scene_panel import PANEL_WIDTH, Picture, hidden_layers
@@ -74,9 +75,10 @@ def view_command(request: ViewRequest) -> int:
     Raises ConfigError for what cannot be asked for, ViewerError for what is missing on this machine.
     """
     _check(request)
+    hidden = _hidden(request.hidden)
     live = LiveScene(None if request.truth is None else read_trajectory(request.truth))
     viewer = load_viewer(needs_display=not request.is_headless)
-    view = ViewState(eye=request.eye, hidden=hidden_layers(request.hidden))
+    view = ViewState(eye=request.eye, hidden=hidden)
     with ExitStack() as resources:
         stop = resources.enter_context(_stop_on_signals())
         feed = resources.enter_context(SceneFeed(request.endpoint, request.keys))
@@ -116,6 +118,13 @@ def _check(request: ViewRequest) -> None:
     for path in (request.screenshot, request.video):
         if path is not None and not path.resolve().parent.is_dir():
             raise OutputError(f"{path}: no such directory; make it first")
+
+
+def _hidden(names: tuple[str, ...]) -> set[Layer]:
+    try:
+        return hidden_layers(names)
+    except ValueError as error:
+        raise ConfigError(f"--hide: {error}") from error
 
 
 def _check_display() -> None:
@@ -179,8 +188,7 @@ class _Progress:
     def take(self) -> None:
         """Looks into the mailbox."""
         if self._ready_fd is not None and self._feed.link().is_heard:
-            os.write(self._ready_fd, b"1")
-            os.close(self._ready_fd)
+            _say_ready(self._ready_fd)
             self._ready_fd = None
         is_complete = self._feed.is_complete  # asked first: what made it complete is in the mailbox then
         received = self._feed.mailbox.take(MAX_MESSAGES_PER_STEP)
@@ -205,8 +213,8 @@ def _run_window(
         progress.take()
         link = feed.link()
         version = (live.version, link)
-        if not window.step(live.scene, live.picture, lambda: live.lines(feed.link(), window.view.eye.value), version):
-            return
+        if not window.step(live.scene, live.picture, lambda: live.lines(feed.link()), version):
+            break
         if window.view.wants_picture:
             window.view.wants_picture = False
             num_pictures += 1
@@ -227,7 +235,7 @@ def _run_headless(
     """Takes pictures of the run at the rate of the video, as it would have been seen, until it ends."""
 
     def picture() -> Picture:
-        return offscreen.draw(live.scene, live.picture, live.lines(feed.link(), view.eye.value), view)
+        return offscreen.draw(live.scene, live.picture, live.lines(feed.link()), view)
 
     progress = _Progress(request, live, feed, ends_with_run=True)
     print(f"vo view: waiting for {request.endpoint}", file=sys.stderr, flush=True)
@@ -249,6 +257,15 @@ def _run_headless(
         _say_written(request.video)
     if request.screenshot is not None:
         _say_written(write_picture(request.screenshot, last))
+
+
+def _say_ready(ready_fd: int) -> None:
+    """Tells the run that started us; then lets go of its terminal, for the window may stay longer than it."""
+    os.write(ready_fd, b"1")
+    os.close(ready_fd)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    os.close(nothing)
 
 
 def _say_written(path: Path) -> None:

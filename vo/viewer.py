@@ -27,6 +27,7 @@ UPDATE_BUDGET_S = 0.006
 PANEL_PERIOD_S = 0.04
 OVERVIEW_PERIOD_S = 0.5
 IDLE_S = 0.01
+MAX_REST_S = 1.0
 
 _GUI_KEYS: dict[int, str] = {
     int(key): name
@@ -221,24 +222,38 @@ class WindowView:
         self._panel_version: tuple[object, ...] = ()
         self._last_panel: Picture | None = None
         self._is_open = True
-        self._has_new_layout = True
+        self._may_close = False
+        self._needs_redraw = True
+        self._rested_s = -np.inf
 
     def step(
         self, scene: Scene, picture: TrackPicture, lines: Callable[[], list[TextLine]], version: tuple[object, ...]
     ) -> bool:
-        """One round: takes over what has changed, draws, listens to the user; False once the window is closed.
+        """One round: takes over what has changed, draws, listens to the user; False once the user wants to quit.
 
         `lines` is asked when the panel is to be drawn anew: no more often than it can be read, and only where
         `version` or the view is another than the last time.
         """
-        num_chunks = self._graph.update(scene, self.view)
-        is_settled = self._aim(scene)
-        has_new_panel = self._draw_panel(picture, lines, version)
-        if num_chunks or not is_settled or has_new_panel:
+        has_changed = self._graph.update(scene, self.view) > 0
+        has_moved = not self._aim(scene)
+        self._needs_redraw |= self._draw_panel(picture, lines, version) or has_changed or has_moved
+        self._tick()
+        return self._is_open and not self.view.wants_quit
+
+    def _tick(self) -> None:
+        """Draws and hears the user.
+
+        Where drawing is slow, for want of a GPU, it takes at most half of the time: the run needs the processor too.
+        """
+        start_s = time.monotonic()
+        is_drawing = self._needs_redraw and start_s >= self._rested_s
+        if is_drawing:
             self._window.post_redraw()
-        if self.view.wants_quit and self._is_open:
-            self._window.close()
-        return bool(self._app.run_one_tick()) and self._is_open
+            self._needs_redraw = False
+        self._is_open = bool(self._app.run_one_tick())
+        if is_drawing:
+            end_s = time.monotonic()
+            self._rested_s = end_s + min(end_s - start_s - IDLE_S, MAX_REST_S)
 
     def picture(self) -> Picture:
         """(H, W, 3) RGB of what the window shows: drawn once more, for the screen cannot be read everywhere."""
@@ -246,7 +261,7 @@ class WindowView:
         self._widget.scene.scene.render_to_image(lambda image: taken.append(np.array(image)))
         while not taken and self._is_open:
             self._window.post_redraw()
-            self._app.run_one_tick()
+            self._is_open = bool(self._app.run_one_tick())
         scene = taken[0] if taken else np.zeros((8, 8, 3), np.uint8)
         panel = self._last_panel
         if panel is None or not taken:
@@ -256,10 +271,13 @@ class WindowView:
 
     def close(self) -> None:
         """Closes the window and lets go of the engine; safe to call twice."""
-        if self._is_open:
-            self._window.close()
-        while self._app.run_one_tick():
-            time.sleep(IDLE_S)
+        if not self._is_open:
+            return
+        self._graph.clear()
+        self._may_close = True
+        self._window.close()
+        while self._is_open:
+            self._is_open = bool(self._app.run_one_tick())
 
     def _aim(self, scene: Scene) -> bool:
         """Moves the eye; whether it has come to rest."""
@@ -276,7 +294,15 @@ class WindowView:
         self, picture: TrackPicture, lines: Callable[[], list[TextLine]], version: tuple[object, ...]
     ) -> bool:
         view = self.view
-        version = (*version, view.eye, frozenset(view.hidden), view.shows_image, view.shows_help, self._panel_size)
+        version = (
+            *version,
+            self._panel_size,
+            view.point_size,
+            view.eye,
+            frozenset(view.hidden),
+            view.shows_image,
+            view.shows_help,
+        )
         now_s = time.monotonic()
         if version == self._panel_version or now_s - self._panel_s < PANEL_PERIOD_S:
             return False
@@ -303,9 +329,9 @@ class WindowView:
         return gui.Widget.EventCallbackResult.IGNORED
 
     def _close(self) -> bool:
-        self._is_open = False
-        self._graph.clear()
-        return True
+        """The user wants the window closed: it is, by `close`, once the last picture has been taken."""
+        self.view.wants_quit = True
+        return self._may_close
 
 
 @contextmanager
