@@ -206,7 +206,9 @@ def _summary(plan: Plan, counts: dict[str, int], timing: Timing, reports: list[d
     num_missed = sum(
         counts[topic] - report["topics"][topic]["num_received"] for report in keepers for topic in ("pose", "tracks")
     )
-    num_out_of_order = sum(entry["num_out_of_order"] for report in reports for entry in report["topics"].values())
+    num_out_of_order = sum(
+        report["topics"][topic]["num_out_of_order"] for report in (*keepers, stopped) for topic in ("pose", "tracks")
+    )
     return {
         "plan": dataclasses.asdict(plan) | {"consumers_that_keep_up": len(keepers)},
         "published": {topic: counts[topic] for topic in ("pose", "tracks")},
