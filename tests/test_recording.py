@@ -449,6 +449,16 @@ def test_a_disk_that_hangs_never_delays_a_pose_and_costs_images_first(tmp_path, 
     assert recorder.num_recorded == len(own_bytes(tmp_path / "run.mcap"))
 
 
+def test_an_image_larger_than_the_queue_is_recorded_all_the_same(tmp_path):
+    with McapRecorder(tmp_path / "run.mcap", max_queue_bytes=100_000) as recorder:
+        stream = MessageStream(CAMERA)
+        stream.add_consumer(recorder.add)
+        say_run(stream, 1, with_map=False)
+        time.sleep(0.2)  # the queue is empty now
+        recorder.add_keyframe(true_frame(0))
+    assert len(foxglove_messages(tmp_path / "run.mcap", "/camera/keyframe")) == 1
+
+
 def test_a_file_that_cannot_be_made_is_refused_before_the_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import cv2
+
 from vo import __version__, foxglove
 from vo.camera_models import scaled_camera
 from vo.foxglove import KEYFRAME_TOPIC
@@ -29,7 +31,6 @@ from vo.messages import (
     decode,
 )
 from vo.output import OutputError
-from vo.preview import compressed_image
 from vo.recording import ChannelSpec, RecordingWriter
 from vo.types import Camera, Frame, PoseEstimate
 
@@ -113,7 +114,8 @@ class McapRecorder:
         num_bytes = _num_bytes(item)
         with self._changed:
             limit = self._max_queue_bytes // (2 if is_image else 1)
-            if self.failure or self._is_closing or self._num_queue_bytes + num_bytes > limit:
+            is_full = bool(self._queue) and self._num_queue_bytes + num_bytes > limit
+            if self.failure or self._is_closing or is_full:
                 self.num_lost += 1
                 return
             self._queue.append(item)
@@ -247,7 +249,7 @@ class _Converter:
         if self.clock_shift_ns is None:
             return []
         time_ns = self._time_ns(frame.timestamp_ns)
-        jpeg = compressed_image(frame, max(frame.image.shape[:2]), quality).data.tobytes()
+        jpeg = _jpeg(frame, quality)
         return [
             _Entry(KEYFRAME_TOPIC, part.data, time_ns, time.time_ns(), frame.index)
             for part in foxglove.from_jpeg(jpeg, time_ns, KEYFRAME_TOPIC)
@@ -293,6 +295,15 @@ class _Converter:
             return ()
         width, height = self._image_size or (self._camera.width, self._camera.height)
         return foxglove.from_camera(scaled_camera(self._camera, width, height), time_ns)
+
+
+def _jpeg(frame: Frame, quality: int) -> bytes:
+    """The image as a JPEG file of any size: that of a message is limited, that of a recording is not."""
+    image = frame.image if frame.image.ndim == 2 else cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR)
+    is_done, data = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, quality))
+    if not is_done:
+        raise RuntimeError(f"frame {frame.index}: OpenCV cannot write a JPEG of {image.shape}")
+    return bytes(data.tobytes())
 
 
 def _num_bytes(item: EncodedMessage | Frame) -> int:

@@ -142,7 +142,12 @@ class RecordingWriter:
         self._writer = Writer(cast(IO[bytes], self._output), CHUNK_BYTES, CompressionType.ZSTD)
         self._writer.start(profile="", library="lightvo")
         self._channel_ids = {channel.topic: self._register(channel) for channel in channels}
-        self._output.commit()
+        try:
+            self._output.commit()
+        except OutputError:
+            self.close()
+            path.unlink(missing_ok=True)
+            raise
 
     @property
     def num_bytes(self) -> int:
