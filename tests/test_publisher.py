@@ -471,14 +471,23 @@ def _check_malformed(fake: zmq.Socket[bytes], endpoint: str) -> None:
             wait_until(lambda: False, lambda: subscriber.receive(0.01))
 
 
-def test_the_minimal_subscriber_needs_nothing_of_ours() -> None:
-    """It imports only pyzmq, msgpack and numpy, in at most 20 lines, and prints what was published."""
-    script = REPOSITORY / "tools" / "subscribe_minimal.py"
+@pytest.mark.parametrize("name", ["subscribe_raw.py", "subscribe_minimal.py"])
+def test_the_example_subscribers_print_what_was_published(name: str) -> None:
+    """The raw one imports only pyzmq, msgpack and numpy, and takes at most 20 lines."""
+    script = REPOSITORY / "tools" / name
+    is_raw = name == "subscribe_raw.py"
     lines = script.read_text().split('"""', 2)[2].splitlines()
     assert len([line for line in lines if line.strip()]) <= 20
     with a_publisher() as publisher:
-        command = [sys.executable, "-I", str(script), publisher.endpoint]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
+        isolation = ["-I"] if is_raw else []
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        process = subprocess.Popen(
+            [sys.executable, *isolation, str(script), publisher.endpoint],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd="/",
+            env=environment,
+        )
         stop = threading.Event()
 
         def publish() -> None:
@@ -498,6 +507,7 @@ def test_the_minimal_subscriber_needs_nothing_of_ours() -> None:
             process.kill()
             process.communicate()
     first = int(printed[0][0])
+    assert is_raw or first == 0
     for index, (sequence, time_ns, status, position) in enumerate(printed, first):
         assert (int(sequence), int(time_ns), status) == (index, 33_333_333 * index, "tracking")
         values = [float(value) for value in position.strip("[] \n").split()]

@@ -1,21 +1,12 @@
-"""Prints the poses of a run: all it takes to read the wire format. Needs pyzmq, msgpack and numpy, not lightvo."""
+"""Prints the poses of a run and what happens to them, with lightvo's client; tools/subscribe_raw.py does without it."""
 
 import sys
 
-import msgpack
-import numpy as np
-import zmq
+from vo.client import DEFAULT_ENDPOINT, Client
 
-socket = zmq.Context().socket(zmq.SUB)
-socket.connect(sys.argv[1] if len(sys.argv) > 1 else "tcp://127.0.0.1:5570")
-socket.subscribe(b"pose\0")
-while True:
-    message = socket.recv()
-    start = message.index(b"\0") + 5  # topic, zero byte, length of the header in 4 bytes
-    end = start + int.from_bytes(message[start - 4 : start], "little")
-    header = msgpack.unpackb(message[start:end])
-    arrays = {}
-    for name, (dtype, shape, offset) in header["arrays"].items():
-        first = (end + 7) // 8 * 8 + offset
-        arrays[name] = np.frombuffer(message, dtype, int(np.prod(shape)), first).reshape(shape)
-    print(header["sequence"], header["capture_time_ns"], header["status"], arrays.get("position_xyz"), flush=True)
+with Client(sys.argv[1] if len(sys.argv) > 1 else DEFAULT_ENDPOINT) as client:
+    for pose in client.poses():  # every pose from the first one on, in order; ends with the run
+        position = None if pose.T_world_camera is None else pose.T_world_camera[:3, 3]
+        print(pose.frame_index, pose.timestamp_ns, pose.status.value, position, flush=True)
+        for gap in client.take_gaps():
+            print(f"lost {gap.num_messages} messages", file=sys.stderr)
