@@ -19,7 +19,6 @@ import zmq
 from zmq.utils import z85
 
 from vo.archive import Archive
-from vo.client import Client as Subscriber
 from vo.endpoints import check_bindable, request_endpoint
 from vo.keys import ZAP_DOMAIN, ServerKeys, load_server_keys, zap_reply
 from vo.message_stream import EncodedMessage, MessageSource, final_state
@@ -42,8 +41,6 @@ from vo.types import ConfigError, VoError
 
 if TYPE_CHECKING:  # the configuration of the frontends imports torch, which a replay can do without
     from vo.config import PublisherConfig
-
-__all__ = ["PublishError", "Publisher", "Subscriber"]
 
 SNAPSHOT_QUEUE = 8
 MAX_WAITED_FOR = 256
