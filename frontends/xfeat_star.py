@@ -191,7 +191,7 @@ def load_fine_matcher(state_dict: Mapping[str, Tensor], device: torch.device) ->
     if "fine_matcher.0.weight" not in state_dict:
         raise WeightsError(
             "these weights for XFeat lack the fine matcher that xfeat-star needs; give the published file, xfeat.pt "
-            "(`vo weights fetch xfeat`, or its path in the setting `weights`)"
+            "(`vo weights fetch xfeat`, or its path in the setting `weights`), or train one: tools/train_xfeat_star.py"
         )
     sizes = (2 * DESCRIPTOR_DIM, *(_HIDDEN,) * 4, CELL_PX**2)
     layers: list[nn.Module] = []
