@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import json
@@ -12,11 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+from wire_samples import golden_messages, some_keyframes
 
 from vo.config import PublisherConfig
+from vo.keys import load_client_keys
+from vo.keys_command import keys_command
 from vo.listen import ListenCounts, as_json_line, as_text_line, listen
 from vo.message_stream import MessageStream
 from vo.messages import Body, Header, Message, RunState, Snapshot, StatusReport, Topic
@@ -121,6 +126,38 @@ def test_lines_for_people() -> None:
         "running  30.0 frames/s  200 frames, 3 dropped, 200 poses"
     )
     assert "640 x 480 px  pinhole  f 500.25 500.50 px" in as_text_line(a_message(Topic.CAMERA, CAMERA))
+    for name, end in (
+        ("keyframe", "frame      7  t 1.233 s  2 keyframes placed"),
+        ("points", "frame      7  t 1.233 s  3 landmarks placed, 1 removed"),
+        ("image", "frame      7  t 1.233 s  320 x 240 px  jpeg  16 bytes"),
+    ):
+        assert as_text_line(golden_messages()[name]).endswith(end)
+    whole = golden_messages()["keyframe"].header, some_keyframes(is_reset=True)
+    assert as_text_line(Message(*whole)).endswith("2 keyframes placed  whole map begins")
+
+
+def test_the_map_and_images_as_json() -> None:
+    keyframes, points, image = (
+        json.loads(as_json_line(golden_messages()[name])) for name in ("keyframe", "points", "image")
+    )
+    assert (keyframes["keyframe_indices"], keyframes["is_reset"], keyframes["segment_id"]) == ([1, 5], False, 2)
+    assert np.array_equal(keyframes["T_world_keyframes"], some_keyframes().T_world_keyframes)
+    assert (points["landmark_ids"], points["removed_landmark_ids"]) == ([3, 5, 2**40], [4])
+    assert points["landmarks"][0] == [0.5, 1.25, 4] and points["landmark_colors"][2] == [1, 2, 3]
+    assert base64.b64decode(image["data_base64"])[:2] == b"\xff\xd8" and (image["width"], image["height"]) == (320, 240)
+
+
+def test_a_key_that_is_not_let_in_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("ours", "theirs"):
+        keys_command(tmp_path / folder)
+    capsys.readouterr()
+    config = dataclasses.replace(ANY_PORT, keys=str(tmp_path / "theirs"))
+    stranger = load_client_keys(tmp_path / "ours" / "client.key_secret", tmp_path / "theirs" / "server.key")
+    with Publisher(config, MessageStream(CAMERA, heartbeat_hz=50.0)) as publisher:
+        counts = listen(publisher.endpoint, timeout_s=3.7, stream=io.StringIO(), keys=stranger)
+    assert counts.num_messages == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no publisher yet" in line and "does not let this key in" in line
 
 
 def test_every_topic_as_json() -> None:
