@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from frontends.aliked import AlikedConfig
 from frontends.base import check_settings, setting
@@ -31,6 +32,150 @@ class TwoViewConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RelativeScaleConfig:
+    """No scale source: the unit is that of the first landmarks."""
+
+    name: Literal["relative"] = "relative"
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _MetricScaleConfig:
+    """What every scale source has: how its readings, one per keyframe, are followed (vo.scale.ScaleFilter)."""
+
+    name: str = "metric"
+    drift_per_keyframe: float = setting(
+        0.003, minimum=0.0, maximum=0.2, help="drift of the map's scale from keyframe to keyframe, ratio, 1 sigma"
+    )
+    max_step: float = setting(
+        0.02, minimum=1e-4, maximum=0.5, help="largest change of the map's scale at one keyframe, ratio"
+    )
+    gate_sigmas: float = setting(
+        3.5, minimum=1.0, maximum=20.0, help="readings that are further off are left out, standard deviations"
+    )
+    max_outliers: int = setting(
+        6, minimum=1, maximum=1000, help="readings left out in a row that agree: the filter begins anew with them"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _RangeScaleConfig(_MetricScaleConfig):
+    """Readings from metric depths at the landmarks of a keyframe."""
+
+    min_depth_m: float = setting(0.2, minimum=0.0, maximum=1000.0, help="nearer depths are left out, m")
+    max_depth_m: float = setting(8.0, minimum=0.1, maximum=1000.0, help="farther depths are left out, m")
+    min_readings: int = setting(20, minimum=3, maximum=10_000, help="landmarks with a depth, for a reading")
+    systematic: float = setting(
+        0.005, minimum=0.0, maximum=0.5, help="error that all depths of a frame share, ratio, 1 sigma"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.min_depth_m >= self.max_depth_m:
+            raise ValueError(f"min_depth_m: {self.min_depth_m} is not below max_depth_m {self.max_depth_m}")
+
+
+@dataclass(frozen=True, slots=True)
+class DepthScaleConfig(_RangeScaleConfig):
+    """The depth images of an RGB-D camera (TUM)."""
+
+    name: Literal["depth"] = "depth"
+    edge_ratio: float = setting(
+        0.05, minimum=0.001, maximum=1.0, help="spread of depths around a keypoint that marks an edge, ratio"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StereoScaleConfig(_RangeScaleConfig):
+    """A second camera (KITTI image_1, EuRoC cam1), matched densely at keyframes."""
+
+    name: Literal["stereo"] = "stereo"
+    max_depth_m: float = setting(40.0, minimum=0.1, maximum=1000.0, help="farther depths are left out, m")
+    max_disparity_px: int = setting(128, minimum=16, maximum=1024, help="largest disparity searched, px")
+    block_px: int = setting(5, minimum=3, maximum=21, help="side of the blocks that are matched, odd, px")
+    consistency_px: float = setting(1.0, minimum=0.1, maximum=10.0, help="left and right may differ by, px")
+    min_disparity_px: float = setting(2.0, minimum=0.1, maximum=100.0, help="smaller disparities are left out, px")
+
+    def __post_init__(self) -> None:
+        _RangeScaleConfig.__post_init__(self)
+        if self.block_px % 2 == 0:
+            raise ValueError(f"block_px: {self.block_px} is even; the block needs a middle")
+
+
+@dataclass(frozen=True, slots=True)
+class GroundPlaneScaleConfig(_MetricScaleConfig):
+    """The height of the camera above a flat ground that it looks along (KITTI: 1.65 m). Distances are in heights."""
+
+    name: Literal["ground_plane"] = "ground_plane"
+    camera_height_m: float = setting(
+        0.0, minimum=0.0, maximum=1000.0, help="height of the camera above the ground, m; must be given"
+    )
+    pitch_deg: float = setting(0.0, minimum=-60.0, maximum=60.0, help="the camera looks below the horizon by, deg")
+    tilt_sigma_deg: float = setting(0.2, minimum=0.01, maximum=20.0, help="how well that and level are known, deg")
+    max_tilt_deg: float = setting(3.0, minimum=0.1, maximum=90.0, help="a plane further from level is no ground, deg")
+    min_ahead: float = setting(3.0, minimum=0.0, maximum=1000.0, help="nearest ground used, camera heights")
+    max_ahead: float = setting(8.0, minimum=0.1, maximum=1000.0, help="farthest ground used, camera heights")
+    max_side: float = setting(1.0, minimum=0.1, maximum=100.0, help="farthest ground to the sides, camera heights")
+    min_pixels: int = setting(1000, minimum=100, maximum=1_000_000, help="of the ground in both images")
+    min_flow_px: float = setting(3.0, minimum=0.1, maximum=1000.0, help="motion of the ground, at least, px")
+    max_flow_px: float = setting(80.0, minimum=1.0, maximum=10_000.0, help="motion of the ground, at most, px")
+    min_correlation: float = setting(0.6, minimum=-1.0, maximum=1.0, help="of the two images of the ground")
+    pixel_correlation: float = setting(
+        20.0, minimum=1.0, maximum=10_000.0, help="neighbouring pixels that count as one measurement"
+    )
+    max_sigma: float = setting(0.05, minimum=0.001, maximum=1.0, help="of a reading that is used, ratio")
+    systematic: float = setting(
+        0.035, minimum=0.0, maximum=0.5, help="how flat the ground and how constant the height are, ratio, 1 sigma"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.camera_height_m <= 0:
+            raise ValueError("camera_height_m: missing; give the height of the camera above the ground, m")
+        if self.min_ahead >= self.max_ahead:
+            raise ValueError(f"min_ahead: {self.min_ahead} is not below max_ahead {self.max_ahead}")
+        if self.min_flow_px >= self.max_flow_px:
+            raise ValueError(f"min_flow_px: {self.min_flow_px} is not below max_flow_px {self.max_flow_px}")
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalScaleConfig(_MetricScaleConfig):
+    """Speeds or distances that somebody sends over the wire while the run goes on (docs/PROTOCOL.md)."""
+
+    name: Literal["external"] = "external"
+    max_readings: int = setting(1000, minimum=2, maximum=1_000_000, help="latest readings kept")
+    max_gap_s: float = setting(
+        0.5, minimum=0.001, maximum=60.0, help="a speed holds for at most this long before and after its time, s"
+    )
+    min_distance_m: float = setting(0.1, minimum=0.001, maximum=1000.0, help="between keyframes, for a reading, m")
+    speed_sigma_mps: float = setting(0.1, minimum=0.0, maximum=100.0, help="error of a speed, m/s, 1 sigma")
+
+
+@dataclass(frozen=True, slots=True)
+class GroundTruthScaleConfig(_MetricScaleConfig):
+    """The true trajectory. For debugging only: such a run proves nothing, and every output names it."""
+
+    name: Literal["groundtruth"] = "groundtruth"
+    min_distance_m: float = setting(0.1, minimum=0.001, maximum=1000.0, help="between keyframes, for a reading, m")
+    systematic: float = setting(0.01, minimum=0.0, maximum=0.5, help="error of the true distances, ratio, 1 sigma")
+
+
+ScaleConfig = (
+    RelativeScaleConfig
+    | DepthScaleConfig
+    | StereoScaleConfig
+    | GroundPlaneScaleConfig
+    | ExternalScaleConfig
+    | GroundTruthScaleConfig
+)
+
+
+@dataclass(frozen=True, slots=True)
 class OdometryConfig:
     """Tracking, landmarks and the window."""
 
@@ -48,12 +193,25 @@ class OdometryConfig:
     reconnect_keyframes: int = setting(
         1, minimum=0, maximum=10, help="keyframes, besides the previous frame, that a frame is matched to"
     )
-    window_size: int = setting(10, minimum=3, maximum=40, help="keyframes refined together")
-    window_fixed: int = setting(2, minimum=2, maximum=10, help="oldest keyframes that hold the gauge")
+    window_size: int = setting(8, minimum=2, maximum=40, help="newest keyframes, refined together")
+    window_fixed: int = setting(
+        8, minimum=1, maximum=40, help="older keyframes that see the same points and hold the window in place"
+    )
     window_iterations: int = setting(6, minimum=1, maximum=50, help="steps of the bundle adjustment")
     window_kernel_px: float = setting(1.0, minimum=0.1, help="width of the Cauchy kernel, px")
+    window_lag_frames: int = setting(
+        2, minimum=1, maximum=100, help="frames of a replay after which a refinement is taken in"
+    )
+    radial_sigma: float = setting(
+        0.02, minimum=0.0, maximum=1.0, help="radial distortion the calibration may have left over; 0: none, as given"
+    )
+    map_keyframes: int = setting(100, minimum=0, maximum=10_000, help="older keyframes kept to come back to")
+    revisit_landmarks: int = setting(
+        50, minimum=10, help="landmarks of an older keyframe that must come into sight again to match it"
+    )
     recovery_keyframes: int = setting(4, minimum=1, maximum=20, help="keyframes tried to find a lost camera again")
     max_lost_frames: int = setting(30, minimum=1, help="lost frames after which a new segment begins")
+    scale: ScaleConfig = field(default_factory=RelativeScaleConfig)
 
     def __post_init__(self) -> None:
         check_settings(self)

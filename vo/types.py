@@ -26,6 +26,7 @@ __all__ = [
     "Rejection",
     "RelativePose",
     "SourceError",
+    "StereoRig",
     "Track",
     "TrackingStatus",
     "VoError",
@@ -111,6 +112,31 @@ class Camera:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class StereoRig:
+    """Two cameras that are fixed to each other and take their images at the same time.
+
+    T_camera0_camera1  (4, 4) float64 m: pose of camera 1 in the frame of camera 0, which is that of the odometry.
+    """
+
+    camera0: Camera
+    camera1: Camera
+    T_camera0_camera1: FloatArray
+
+    def __post_init__(self) -> None:
+        _checked("T_camera0_camera1", self.T_camera0_camera1, (4, 4), np.float64)
+        R = self.T_camera0_camera1[:3, :3]
+        if not np.allclose(R @ R.T, np.eye(3), atol=1e-4) or np.linalg.det(R) < 0:
+            raise ValueError(f"T_camera0_camera1: expected a rotation in its first three columns, got {R.tolist()}")
+        if not self.baseline_m > 0:
+            raise ValueError("T_camera0_camera1: the two cameras are at the same place")
+
+    @property
+    def baseline_m(self) -> float:
+        """Distance between the cameras, m."""
+        return float(np.linalg.norm(self.T_camera0_camera1[:3, 3]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Frame:
     """One image with its time.
 
@@ -118,6 +144,8 @@ class Frame:
     timestamp_ns  the sensor's clock; strictly rising within a source.
     image         (H, W, 3) RGB or (H, W) gray, uint8.
     depth         (H, W) float32 m, 0 where there is no reading; None where the source has none for this frame.
+    right         (H1, W1, 3) or (H1, W1) uint8 of the second camera of a stereo rig at the same time, in that camera's
+                  own size; None where the source has none for this frame, or where nobody asked for it.
     """
 
     index: int
@@ -125,6 +153,7 @@ class Frame:
     image: NDArray[np.uint8]
     camera: Camera
     depth: NDArray[np.float32] | None = None
+    right: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         height, width = self.camera.height, self.camera.width
@@ -132,6 +161,8 @@ class Frame:
         _checked("image", self.image, shape, np.uint8)
         if self.depth is not None:
             _checked("depth", self.depth, (height, width), np.float32)
+        if self.right is not None:
+            _checked("right", self.right, (None, None) if self.right.ndim == 2 else (None, None, 3), np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
