@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from synthetic_world import CAMERA, driving_path, make_world
 
-from vo.geometry import exp_se3, invert_pose, project, transform
+from vo.geometry import exp_se3, invert_pose, project, transform, undistort
 from vo.mcap_recorder import McapRecorder
 from vo.message_stream import EncodedMessage, MessageStream
 from vo.messages import CompressedImage, RunState
@@ -62,7 +62,10 @@ def observed_tracks(
     noise_px: float,
 ) -> FrameTracks:
     rng = np.random.default_rng(1000 + index)
-    pixels = project(transform(invert_pose(T), points), camera)
+    local = transform(invert_pose(T), points)
+    pixels = project(local, camera)
+    # The polynomials of a lens hold inside its field of view; far outside they may fold back into the image.
+    pixels[np.abs(undistort(pixels, camera) - local[:, :2] / local[:, 2:]).max(axis=1) > 1e-3] = np.nan
     pixels = pixels + rng.normal(0.0, noise_px, pixels.shape)
     inside = (pixels > 0).all(axis=1) & (pixels < [camera.width - 1, camera.height - 1]).all(axis=1)
     ids = np.flatnonzero(inside).astype(np.int64)

@@ -27,7 +27,7 @@ from synthetic_drive import write_drive
 from synthetic_world import CAMERA, driving_path, make_world
 
 from vo import cli
-from vo.export_scene import PosedFrame, triangulate_tracks
+from vo.export_scene import Landmarks, PosedFrame, build_scene, settled, triangulate_tracks
 from vo.mcap_recorder import McapRecorder
 from vo.message_stream import MessageStream
 from vo.recording import Recording
@@ -90,14 +90,16 @@ def test_pycolmap_finds_the_reprojection_errors_that_we_find(tmp_path, capfd, na
     for index, T in truth.keyframes.items():
         seen = {int(track_id): i for i, track_id in enumerate(truth.tracks[index].track_ids)}
         image = model.images[index + 1]
-        local = (truth.points - T[:3, 3]) @ T[:3, :3]
         for point in image.points2D:
             track_id = point.point3D_id - 1
             keypoint = truth.tracks[index].keypoints[seen[track_id]]
+            local = (model.points3D[point.point3D_id].xyz - T[:3, 3]) @ T[:3, :3]
             assert_allclose(point.xy, keypoint.astype(float) + 0.5, atol=1e-9)
-            ours.append(np.linalg.norm(opencv_pixels(local[track_id], camera)[0] - keypoint))
+            ours.append(np.linalg.norm(opencv_pixels(local, camera)[0] - keypoint))
     assert_allclose(sorted(errors), sorted(ours), atol=2e-6)
-    assert errors.mean() == pytest.approx(0.3 * np.sqrt(np.pi / 2), rel=0.05)
+    # Each point takes 3 of the 2 n numbers that n images know of it.
+    num_images = np.mean([point.track.length() for point in model.points3D.values()])
+    assert errors.mean() == pytest.approx(0.3 * np.sqrt(np.pi / 2) * np.sqrt(1 - 1.5 / num_images), rel=0.05)
     printed = re.search(r"(\d+) observations, mean reprojection error ([\d.]+) px", capfd.readouterr().out)
     assert printed is not None and int(printed[1]) == len(errors)
     assert float(printed[2]) == pytest.approx(errors.mean(), abs=0.006)
@@ -115,11 +117,11 @@ def points_lines(tmp_path: Path) -> list[str]:
 def test_without_noise_pycolmap_finds_no_error(tmp_path, name):
     """Half a pixel that is forgotten would show, and so would a coefficient in the wrong place."""
     _, model = exported(tmp_path, CAMERAS[name], noise_px=0.0)
-    assert colmap_errors(model).max() < 1e-3  # keypoints are float32
+    assert colmap_errors(model).max() < 3e-3  # keypoints are float32, distortion is undone by iteration
 
 
 def test_poses_and_points_are_those_that_were_corrected(tmp_path):
-    truth, model = exported(tmp_path)
+    truth, model = exported(tmp_path, noise_px=0.02)
     assert sorted(model.images) == [index + 1 for index in sorted(truth.keyframes)]
     for index, T in truth.keyframes.items():
         cam_from_world = np.vstack([model.images[index + 1].cam_from_world().matrix(), [0, 0, 0, 1]])
@@ -128,7 +130,7 @@ def test_poses_and_points_are_those_that_were_corrected(tmp_path):
     for point_id, point in model.points3D.items():
         track_id = point_id - 1
         assert track_id < len(truth.points)  # those that do not exist were removed
-        assert_allclose(point.xyz, truth.points[track_id])
+        assert_allclose(point.xyz, truth.points[track_id], rtol=0.2, atol=0.2)
         assert_array_equal(point.color, [track_id % 256, track_id // 256, 0])
         assert len({element.image_id for element in point.track.elements}) >= 2
 
@@ -217,7 +219,7 @@ def test_a_ray_of_nerfstudio_meets_the_point_where_we_saw_it(tmp_path, camera):
     assert_allclose(turn[:, :3] @ [0, -1, 0], [0, 0, 1])  # our up is theirs
     originals = points @ turn[:, :3]
     track_ids = np.array([np.linalg.norm(truth.points - p, axis=1).argmin() for p in originals])
-    assert_allclose(originals, truth.points[track_ids], rtol=1e-6)
+    assert_allclose(originals, truth.points[track_ids], rtol=1e-3, atol=1e-3)  # triangulated from float32
     assert len(scene["frames"]) == len(truth.keyframes)
     for frame, (index, T) in zip(scene["frames"], truth.keyframes.items(), strict=True):
         assert (tmp_path / "scene" / frame["file_path"]).is_file()
@@ -259,6 +261,21 @@ def read_ply(path: Path) -> np.ndarray:
 
 
 # --- points from tracks ---
+
+
+def test_landmarks_that_followed_the_newest_keyframes_are_settled_where_all_see_them():
+    points = make_world(200, (-4.0, -3.0, 5.0), (4.0, 3.0, 12.0)).points
+    path = driving_path(20)
+    tracks = {i: observed_tracks(T, points, PINHOLE, i, i, 0.1) for i, T in enumerate(path)}
+    frames = [posed(T, i) for i, T in enumerate(path)]
+    ids = np.arange(len(points), dtype=np.int64)
+    drifted = Landmarks(ids, points + np.array([0.1, 0.05, 0.1]), None)
+    before = build_scene(PINHOLE, frames, tracks, drifted, 1e9).mean_error_px
+    landmarks = settled(drifted, PINHOLE, frames, tracks, 4.0)
+    after = build_scene(PINHOLE, frames, tracks, landmarks, 1e9).mean_error_px
+    assert before > 4.0 and after < 0.2
+    unseen = np.setdiff1d(ids, np.concatenate([seen.track_ids for seen in tracks.values()]))
+    assert_array_equal(landmarks.points[unseen], drifted.points[unseen])
 
 
 def posed(T: np.ndarray, index: int) -> PosedFrame:

@@ -16,7 +16,7 @@ from vo.export_input import (
     input_from_recording,
     recorded_images,
 )
-from vo.export_scene import ExportScene, build_scene, rectified, resized, triangulate_tracks
+from vo.export_scene import ExportScene, build_scene, rectified, resized, settled, triangulate_tracks
 from vo.recording import Recording
 from vo.sources import open_source
 from vo.types import ConfigError
@@ -116,6 +116,8 @@ def _scene(request: ExportRequest, given: ExportInput, size: tuple[int, int], no
         landmarks = triangulate_tracks(given.camera, given.frames, given.tracks, request.max_error_px)
         if len(landmarks.ids):
             notes.append(f"no landmarks there: {len(landmarks.ids)} points are triangulated from the tracks")
+    else:
+        landmarks = settled(landmarks, given.camera, given.frames, given.tracks, request.max_error_px)
     scene = build_scene(given.camera, given.frames, given.tracks, landmarks, request.max_error_px)
     scene = resized(scene, *size)
     return rectified(scene) if request.undistorts else scene

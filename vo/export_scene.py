@@ -141,6 +141,25 @@ def triangulate_tracks(
     return Landmarks(ids[is_good].astype(np.int64), points[is_good], None)
 
 
+def settled(
+    landmarks: Landmarks,
+    camera: Camera,
+    frames: Iterable[PosedFrame],
+    tracks: Mapping[int, FrameTracks],
+    max_error_px: float,
+) -> Landmarks:
+    """The landmarks where all frames see them.
+
+    A run refines a landmark with the keyframes of its window: one that lives long follows the newest of them, and the
+    oldest do not see it there any more. Those that can be triangulated from all frames are; the others stay.
+    """
+    points = landmarks.points.copy()
+    triangulated = triangulate_tracks(camera, frames, tracks, max_error_px)
+    _, rows, others = np.intersect1d(landmarks.ids, triangulated.ids, assume_unique=True, return_indices=True)
+    points[rows] = triangulated.points[others]
+    return replace(landmarks, points=points)
+
+
 def _triangulate(
     poses: FloatArray, rays: FloatArray, starts: NDArray[np.intp], focal_px: float, max_error_px: float
 ) -> tuple[FloatArray, NDArray[np.bool_]]:
