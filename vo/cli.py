@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_batch(commands)
     _add_bench(commands)
+    _add_bench_matching(commands)
     _add_weights(commands)
     _add_doctor(commands)
     return parser
@@ -228,7 +229,7 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--max-time-difference-s",
         metavar="S",
-        type=_seconds,
+        type=_amount,
         default=0.01,
         help="of poses that pair up (default: 0.01)",
     )
@@ -252,8 +253,8 @@ def _add_batch(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, local"
     )
-    parser.add_argument("--ray-cpus", metavar="N", type=_rate, default=1.0, help="processors for each run there")
-    parser.add_argument("--ray-gpus", metavar="N", type=_seconds, default=0.0, help="GPUs, or shares of one, for each")
+    parser.add_argument("--ray-cpus", metavar="N", type=_amount, default=1.0, help="processors for each run there")
+    parser.add_argument("--ray-gpus", metavar="N", type=_amount, default=0.0, help="GPUs, or shares of one, for each")
     parser.add_argument("--quiet", action="store_true", help="no progress and no table, errors only")
     parser.set_defaults(command=_batch)
 
@@ -278,6 +279,29 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--fov-deg", metavar="DEG", type=float, help="guess the intrinsics from the horizontal view")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
     parser.set_defaults(command=_bench)
+
+
+def _add_bench_matching(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "bench-matching",
+        help="measure matches on pairs with a known homography or pose",
+        description="Precision, recall, MMA and homography AUC on HPatches; pose AUC on MegaDepth-1500, ScanNet-1500.",
+    )
+    parser.add_argument(
+        "pairs", metavar="PAIRS", type=Path, help="directory in HPatches' layout, or list of posed pairs"
+    )
+    parser.add_argument("--images", metavar="DIR", type=Path, help="what the names of a list lie under")
+    parser.add_argument("--config", metavar="F", help="preset (xfeat, orb, ...) or YAML file")
+    parser.add_argument("--set", metavar="A.B=V", action="append", default=[], help="change one key of it; repeatable")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
+    parser.add_argument("--max-pairs", metavar="N", type=_positive, help="stop after so many")
+    parser.add_argument("--skip-large", action="store_true", help="without the 8 scenes of HPatches that D2-Net skips")
+    parser.add_argument(
+        "--epipolar-threshold", metavar="D", type=_amount, default=5e-4, help="of precision (default: 5e-4, ScanNet's)"
+    )
+    parser.add_argument("--output", metavar="F.json", type=Path, help="write all figures there")
+    parser.add_argument("--json", action="store_true", help="the figures as JSON")
+    parser.set_defaults(command=_bench_matching)
 
 
 def _add_weights(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -485,6 +509,25 @@ def _bench(options: argparse.Namespace) -> int:
     )
 
 
+def _bench_matching(options: argparse.Namespace) -> int:
+    from vo.bench_matching import MatchingRequest, bench_matching_command
+
+    return bench_matching_command(
+        MatchingRequest(
+            pairs=options.pairs,
+            images=options.images,
+            config=options.config,
+            overrides=tuple(options.set),
+            device=options.device,
+            max_pairs=options.max_pairs,
+            skips_large=options.skip_large,
+            epipolar_threshold=options.epipolar_threshold,
+            output=options.output,
+            is_json=options.json,
+        )
+    )
+
+
 def _weights_list(options: argparse.Namespace) -> int:
     from frontends.weights import list_weights
 
@@ -572,10 +615,10 @@ def _positive(text: str) -> int:
     return value
 
 
-def _seconds(text: str) -> float:
+def _amount(text: str) -> float:
     value = float(text)
     if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected zero or more seconds, got {text}")
+        raise argparse.ArgumentTypeError(f"expected zero or more, got {text}")
     return value
 
 
