@@ -208,7 +208,7 @@ def test_hpatches_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixt
     # The same image: every keypoint is matched with itself, and all is exact.
     assert same["num_pairs"] == 2 and same["precision"] == same["recall"] == 1.0 and same["mma"] == [1.0] * 10
     assert all(area > 0.999 for _, area in same["auc"])
-    assert moved["precision"] > 0.7 and moved["mma"][0] > 0.7 and moved["auc"][1][1] > 0.9
+    assert moved["precision"] > 0.7 and moved["mma"][0] > 0.6 and moved["auc"][1][1] > 0.9
     assert everything["precision"] == pytest.approx((same["precision"] + moved["precision"]) / 2)
     assert main(["bench-matching", str(root), "--config", "orb", "--device", "cpu", "--json", "--max-pairs", "1"]) == 0
     assert len(json.loads(capsys.readouterr().out)["pairs"]) == 1
