@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -389,24 +391,28 @@ def test_a_chunk_that_promises_too_much_is_refused(tmp_path):
 # --- disks ---
 
 
-def test_a_full_disk_ends_the_recording_and_not_the_run(tmp_path):
+@contextmanager
+def disk_of(num_bytes: int) -> Iterator[None]:
+    """No file grows beyond `num_bytes`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_run(tmp_path, capfd):
     """The limit on the size of files stands for the disk; results are small, the recording is not."""
     drive, path, output = write_drive(tmp_path, 30), tmp_path / "run.mcap", tmp_path / "out"
     limit_bytes = 150_000
-    arguments = [sys.executable, "-m", "vo", "run", drive, "--config", "orb", "--publish", "off", "--record", path]
-    run = subprocess.run(
-        [*map(str, arguments), "--output", str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)),
-        check=False,
-    )
-    assert run.returncode == 2
-    told = [line for line in run.stderr.splitlines() if "frame" not in line]  # progress
-    assert len(told) == 1 and str(path) in told[0] and "the run goes on" in told[0], run.stderr
-    assert "ended early" in run.stdout
+    arguments = ["run", drive, "--config", "orb", "--publish", "off", "--record", path, "--output", output]
+    with disk_of(limit_bytes):
+        assert cli.main([str(argument) for argument in arguments]) == 2
+    out, err = capfd.readouterr()
+    told = [line for line in err.splitlines() if not line.startswith("frame ")]  # progress
+    assert len(told) == 1 and str(path) in told[0] and "the run goes on" in told[0], err
+    assert "ended early" in out
     lines = (output / "trajectory_tum.txt").read_text().splitlines()
     assert len(lines) == 30 and (output / "summary.json").exists()
     assert path.stat().st_size <= limit_bytes
@@ -465,12 +471,14 @@ def test_a_file_that_cannot_be_made_is_refused_before_the_run(tmp_path):
         McapRecorder(tmp_path / "file" / "run.mcap")
 
 
-def test_a_missing_package_is_named_with_the_remedy_before_the_run(tmp_path):
-    program = "import sys; sys.modules['mcap'] = None; from vo.cli import main; sys.exit(main(sys.argv[1:]))"
-    arguments = ["run", str(write_drive(tmp_path, 3)), "--config", "orb", "--record", str(tmp_path / "run.mcap")]
-    run = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert len(run.stderr.splitlines()) == 1 and "lightvo[record]" in run.stderr, run.stderr
+def test_a_missing_package_is_named_with_the_remedy_before_the_run(tmp_path, monkeypatch, capfd):
+    for module in ("vo.recording", "vo.mcap_recorder", "vo.foxglove"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "mcap.data_stream", None)
+    drive = write_drive(tmp_path, 3)
+    assert cli.main(["run", str(drive), "--config", "orb", "--record", str(tmp_path / "run.mcap")]) == 2
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1 and "lightvo[record]" in error
     assert not (tmp_path / "run.mcap").exists()
 
 
