@@ -54,11 +54,11 @@ def test_everybody_gets_the_same_bytes_in_the_same_order(clock: list[float]) -> 
     second: list[EncodedMessage] = []
     times_ns = itertools.count(1000)
     stream = MessageStream(CAMERA, session_id="run", clock=lambda: next(times_ns))
-    assert not stream.has_consumers
+    assert not stream.is_wanted(Topic.POSE)
     stream.publish_pose(a_pose(0))  # nobody listens: numbered all the same
     stream.add_consumer(first.append)
     stream.add_consumer(second.append)
-    assert stream.has_consumers
+    assert stream.is_wanted(Topic.POSE)
     stream.publish_pose(a_pose(1))
     stream.publish_tracks(some_tracks(1, 3))
     stream.publish_map(a_map_update())
@@ -143,6 +143,18 @@ def test_tracks_can_be_left_out() -> None:
     stream = MessageStream(CAMERA, with_tracks=False)
     stream.publish_tracks(some_tracks(0))
     assert stream.num_sent[Topic.TRACKS] == 0
+
+
+def test_what_nobody_wants_can_be_left_out() -> None:
+    sent: list[EncodedMessage] = []
+    stream, wanted = MessageStream(CAMERA), {Topic.POSE}
+    stream.add_consumer(sent.append, lambda topic: topic in wanted)
+    assert stream.is_wanted(Topic.POSE) and not stream.is_wanted(Topic.IMAGE)
+    wanted.add(Topic.IMAGE)
+    assert stream.is_wanted(Topic.IMAGE)
+    wanted.clear()
+    stream.add_consumer(lambda message: None)
+    assert stream.is_wanted(Topic.IMAGE), "a recorder wants everything"
 
 
 def test_threads_do_not_mix_numbers() -> None:
@@ -235,7 +247,7 @@ def _stop_after(endpoint: str, keys: Path, num_poses: int) -> int:
             if isinstance(message.body, CompressedImage):
                 image = cv2.imdecode(message.body.data, cv2.IMREAD_COLOR)
                 assert image.shape[:2] == (message.body.height, message.body.width) == (240, 320)
-            if received[Topic.POSE] >= num_poses and not was_stopped:
+            if received[Topic.POSE] >= num_poses and received[Topic.IMAGE] and not was_stopped:
                 client.stop(PATIENCE_S)
                 was_stopped = True
         assert client.inbox.final_state is RunState.INTERRUPTED

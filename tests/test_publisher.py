@@ -228,6 +228,23 @@ def test_conflating_consumer_gets_the_newest() -> None:
         assert subscriber.inbox.take_gaps() == ()
 
 
+def test_the_publisher_knows_what_is_subscribed_to(connect: Callable[[int, str], zmq.Socket[bytes]]) -> None:
+    with a_publisher() as publisher:
+        assert not publisher.stream.is_wanted(Topic.IMAGE)
+        with Client(publisher.endpoint, [Topic.IMAGE]), Client(publisher.endpoint, [Topic.POSE]):
+            wait_until(lambda: publisher.is_wanted(Topic.IMAGE) and publisher.is_wanted(Topic.POSE))
+            assert publisher.stream.is_wanted(Topic.IMAGE) and not publisher.is_wanted(Topic.TRACKS)
+        wait_until(lambda: not publisher.is_wanted(Topic.IMAGE))
+        everything = connect(zmq.SUB, publisher.endpoint)
+        everything.subscribe(b"")
+        wait_until(lambda: publisher.is_wanted(Topic.TRACKS))
+        everything.subscribe(b"nothing that is published")
+        everything.subscribe(b"pos")
+        everything.unsubscribe(b"")
+        wait_until(lambda: not publisher.is_wanted(Topic.TRACKS))
+        assert publisher.is_wanted(Topic.POSE) and publisher._prefixes == {b"pos"}
+
+
 def test_tracks_can_be_left_out() -> None:
     with a_publisher(dataclasses.replace(ANY_PORT, publish_tracks=False)) as publisher:
         publisher.stream.publish_tracks(some_tracks(0))

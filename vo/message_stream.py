@@ -50,6 +50,7 @@ class EncodedMessage:
 
 
 Consumer = Callable[[EncodedMessage], None]
+Interest = Callable[[Topic], bool]
 
 
 class MessageSource(Protocol):
@@ -61,8 +62,11 @@ class MessageSource(Protocol):
     @property
     def state(self) -> RunState: ...
 
-    def add_consumer(self, consumer: Consumer) -> None:
-        """Hands every message from now on to `consumer`, in order, in the thread that publishes: it must not wait."""
+    def add_consumer(self, consumer: Consumer, wants: Interest | None = None) -> None:
+        """Hands every message from now on to `consumer`, in order, in the thread that publishes: it must not wait.
+
+        `wants` tells whether a topic is of any use to it at present; None: all of them always are.
+        """
 
     def remove_consumer(self, consumer: Consumer) -> None:
         """Ends that; does nothing where it has ended already."""
@@ -98,7 +102,7 @@ class MessageStream:
         self._session_id = session_id if session_id is not None else secrets.token_hex(8)
         self.num_sent = dict.fromkeys(PUBLISHED_TOPICS, 0)
         self._with_tracks, self._clock = with_tracks, clock
-        self._consumers: list[Consumer] = []
+        self._consumers: list[tuple[Consumer, Interest | None]] = []
         self._last_pose: PoseEstimate | None = None
         self._report = StatusReport(RunState.RUNNING, heartbeat_hz=heartbeat_hz)
         self._next_beat_s = time.monotonic()
@@ -118,21 +122,23 @@ class MessageStream:
     def state(self) -> RunState:
         return self._report.state
 
-    @property
-    def has_consumers(self) -> bool:
-        """Whether anybody listens; what is costly to make can be left out otherwise."""
-        return bool(self._consumers)
-
-    def add_consumer(self, consumer: Consumer) -> None:
-        """Hands every message from now on to `consumer`, in order, in the thread that publishes: it must not wait."""
+    def is_wanted(self, topic: Topic) -> bool:
+        """Whether anybody has a use for a topic at present; what is costly to make can be left out otherwise."""
         with self._lock:
-            self._consumers.append(consumer)
+            return any(wants is None or wants(topic) for _, wants in self._consumers)
+
+    def add_consumer(self, consumer: Consumer, wants: Interest | None = None) -> None:
+        """Hands every message from now on to `consumer`, in order, in the thread that publishes: it must not wait.
+
+        `wants` tells whether a topic is of any use to it at present; None: all of them always are.
+        """
+        with self._lock:
+            self._consumers.append((consumer, wants))
 
     def remove_consumer(self, consumer: Consumer) -> None:
         """Ends that; does nothing where it has ended already."""
         with self._lock:
-            if consumer in self._consumers:
-                self._consumers.remove(consumer)
+            self._consumers = [(known, wants) for known, wants in self._consumers if known != consumer]
 
     def publish_pose(self, pose: PoseEstimate) -> None:
         """One pose, also that of a frame that is lost."""
@@ -213,7 +219,7 @@ class MessageStream:
             return
         data = encode(Message(header, body))
         message = EncodedMessage(topic, data, header.capture_time_ns or 0, header.publish_time_ns, header.sequence)
-        for consumer in tuple(self._consumers):
+        for consumer, _ in tuple(self._consumers):
             consumer(message)
 
     def _send_status(self) -> None:

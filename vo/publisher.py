@@ -24,6 +24,7 @@ from vo.keys import ZAP_DOMAIN, ServerKeys, load_server_keys, zap_reply
 from vo.message_stream import EncodedMessage, MessageSource, final_state
 from vo.messages import (
     MAX_REQUEST_BYTES,
+    PUBLISHED_TOPICS,
     Body,
     Message,
     ProtocolError,
@@ -83,6 +84,7 @@ class Publisher:
         self.on_stop, self._accepts_scale = on_stop, accepts_scale
         self._keys = load_server_keys(Path(config.keys)) if config.keys else None
         self._archive = Archive(config)
+        self._prefixes: set[bytes] = set()
         self._scale_readings: deque[ScaleReading] = deque()
         self.num_scale_readings_dropped = 0
         self.num_refused = 0
@@ -96,7 +98,7 @@ class Publisher:
         except (VoError, zmq.ZMQError):
             self._context.destroy(linger=0)
             raise
-        stream.add_consumer(self._send)
+        stream.add_consumer(self._send, self.is_wanted)
         self._thread = threading.Thread(target=self._serve, name="publisher", daemon=True)
         self._thread.start()
 
@@ -109,6 +111,10 @@ class Publisher:
     @property
     def session_id(self) -> str:
         return self.stream.session_id
+
+    def is_wanted(self, topic: Topic) -> bool:
+        """Whether anybody subscribes to a topic, as of the last message published."""
+        return any(topic.prefix.startswith(prefix) for prefix in self._prefixes)
 
     def take_scale_readings(self) -> tuple[ScaleReading, ...]:
         """The scale readings that consumers have sent since the last call, oldest first; each has its time."""
@@ -146,7 +152,7 @@ class Publisher:
         self._zap = self._context.socket(zmq.REP) if self._keys is not None else None
         if self._zap is not None:
             self._zap.bind(ZAP_ENDPOINT)
-        self._publisher = self._context.socket(zmq.PUB)
+        self._publisher = self._context.socket(zmq.XPUB)  # a PUB that also tells what is subscribed to
         self._publisher.set_hwm(self._config.send_hwm)
         self._router = self._context.socket(zmq.ROUTER)
         self._router.sndhwm = SNAPSHOT_QUEUE
@@ -165,6 +171,17 @@ class Publisher:
         """Sends and keeps one message of the stream, which calls this from one thread at a time."""
         self._publisher.send(message.data, zmq.NOBLOCK)
         self._archive.add(message)
+        self._note_subscriptions()
+
+    def _note_subscriptions(self) -> None:
+        """What consumers as a whole subscribe to and no longer do; what matches no topic is forgotten at once."""
+        while self._publisher.poll(0):
+            notice = self._publisher.recv(zmq.NOBLOCK)
+            prefix = notice[1:]
+            if notice[:1] == b"\1" and any(topic.prefix.startswith(prefix) for topic in PUBLISHED_TOPICS):
+                self._prefixes.add(prefix)
+            else:
+                self._prefixes.discard(prefix)
 
     def _serve(self) -> None:
         """The thread: heartbeats and answers until the run is closed and nobody is waited for any more."""

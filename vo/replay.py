@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgpack
 
 from vo.mcap_recorder import own_topic
-from vo.message_stream import Consumer, EncodedMessage
+from vo.message_stream import Consumer, EncodedMessage, Interest
 from vo.messages import (
     PUBLISHED_TOPICS,
     Header,
@@ -84,7 +84,7 @@ class RecordedStream:
     def has_consumers(self) -> bool:
         return bool(self._consumers)
 
-    def add_consumer(self, consumer: Consumer) -> None:
+    def add_consumer(self, consumer: Consumer, wants: Interest | None = None) -> None:
         """Hands every message from now on to `consumer`, in order, in the thread that plays: it must not wait."""
         with self._lock:
             self._consumers.append(consumer)

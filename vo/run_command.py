@@ -13,7 +13,7 @@ from vo.config import Config, PublisherConfig
 from vo.config_loader import dump_config, load_config
 from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, select_device
 from vo.message_stream import MessageStream
-from vo.messages import RunState
+from vo.messages import RunState, Topic
 from vo.pipeline import run, stop_on_signals
 from vo.preview import ImagePreview
 from vo.progress import Advance, progress
@@ -185,7 +185,7 @@ def sinks(
         stream.publish_tracks(result.step.tracks)
         if result.step.map_update is not None:
             stream.publish_map(result.step.map_update)
-        image = preview.take(result.captured.frame) if stream.has_consumers else None
+        image = preview.take(result.captured.frame) if stream.is_wanted(Topic.IMAGE) else None
         if image is not None:
             stream.publish_image(image)
         stream.publish_status(fps=meter.fps, num_frames=meter.num_processed + 1, num_dropped=meter.num_dropped)
