@@ -104,7 +104,7 @@ def load_viewer(*, needs_display: bool) -> ModuleType:
         raise ViewerError("Open3D is not installed: pip install 'lightvo[viewer]'") from error
     except (ImportError, OSError) as error:
         raise ViewerError(f"Open3D cannot be loaded ({error}); on Debian: apt-get install {DEBIAN_PACKAGES}") from error
-    _check_vulkan()
+    check_vulkan()
     return viewer
 
 
@@ -160,8 +160,8 @@ class _InstanceCreateInfo(ctypes.Structure):
     )
 
 
-def _check_vulkan() -> None:
-    """Whether there is a Vulkan driver, Mesa's in software is enough: without one, the engine aborts the process."""
+def check_vulkan() -> None:
+    """Raises ViewerError without a Vulkan driver, where the engine would abort. Mesa's, in software, is enough."""
     remedy = f"on Debian: apt-get install {VULKAN_PACKAGES} (draws in software where there is no GPU)"
     try:
         vulkan = ctypes.CDLL("libvulkan.so.1")
