@@ -127,6 +127,17 @@ def test_foxglove_gets_points_keyframes_and_images(recorded):
     assert np.abs(pixels.astype(int) - truth.images[8]).mean() < 3
 
 
+def test_foxglove_gets_the_tracks_of_every_image_in_its_pixels(tmp_path):
+    """It counts from the corner of the first pixel: one pixel of the small image is two of the camera's."""
+    truth = record_run(tmp_path / "run.mcap", 8, reduction=2)
+    annotations = foxglove_messages(tmp_path / "run.mcap", "/camera/tracks")
+    assert [time_ns for _, time_ns in annotations] == [START_NS, START_NS + 5 * INTERVAL_NS]
+    with_landmark, without = annotations[1][0].points
+    assert len(without.points) == 0 and with_landmark.type == 1  # POINTS
+    drawn = [[point.x, point.y] for point in with_landmark.points]
+    assert_allclose(drawn, (truth.tracks[5].keypoints.astype(float) + 0.5) / 2)
+
+
 @pytest.mark.parametrize(
     ("camera", "model", "num_coefficients"),
     [

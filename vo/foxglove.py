@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vo.camera_models import HALF_PIXEL
 from vo.messages import quat_xyzw_from_rotation
 from vo.output import OutputError
 from vo.recording import ChannelSpec
@@ -18,10 +19,14 @@ from vo.types import Camera, CameraModel, FloatArray, PoseEstimate
 
 try:
     from foxglove_schemas_protobuf.CameraCalibration_pb2 import CameraCalibration
+    from foxglove_schemas_protobuf.Color_pb2 import Color
     from foxglove_schemas_protobuf.CompressedImage_pb2 import CompressedImage
     from foxglove_schemas_protobuf.FrameTransform_pb2 import FrameTransform
+    from foxglove_schemas_protobuf.ImageAnnotations_pb2 import ImageAnnotations
     from foxglove_schemas_protobuf.PackedElementField_pb2 import PackedElementField
+    from foxglove_schemas_protobuf.Point2_pb2 import Point2
     from foxglove_schemas_protobuf.PointCloud_pb2 import PointCloud
+    from foxglove_schemas_protobuf.PointsAnnotation_pb2 import PointsAnnotation
     from foxglove_schemas_protobuf.Pose_pb2 import Pose
     from foxglove_schemas_protobuf.PoseInFrame_pb2 import PoseInFrame
     from foxglove_schemas_protobuf.PosesInFrame_pb2 import PosesInFrame
@@ -39,10 +44,14 @@ TRANSFORM_TOPIC = "/tf"
 CALIBRATION_TOPIC = "/camera/calibration"
 IMAGE_TOPIC = "/camera/image"
 KEYFRAME_TOPIC = "/camera/keyframe"
+TRACKS_TOPIC = "/camera/tracks"
 KEYFRAMES_TOPIC = "/keyframes"
 LANDMARKS_TOPIC = "/landmarks"
 CAMERA_FRAME = "camera"
 
+# Tracks with a landmark are green, the others orange.
+_TRACK_COLORS = ((True, Color(r=0.2, g=0.9, b=0.3, a=1.0)), (False, Color(r=1.0, g=0.6, b=0.1, a=1.0)))
+_TRACK_SIZE_PX = 4.0
 _NS_PER_S = 1_000_000_000
 _POINT_DTYPE = np.dtype([("xyz", "<f4", 3), ("rgba", "u1", 4)])
 _DISTORTION_MODELS = {
@@ -68,6 +77,7 @@ def channels() -> tuple[ChannelSpec, ...]:
         (CALIBRATION_TOPIC, CameraCalibration),
         (IMAGE_TOPIC, CompressedImage),
         (KEYFRAME_TOPIC, CompressedImage),
+        (TRACKS_TOPIC, ImageAnnotations),
         (KEYFRAMES_TOPIC, PosesInFrame),
         (LANDMARKS_TOPIC, PointCloud),
     )
@@ -124,6 +134,23 @@ def from_jpeg(jpeg: bytes, time_ns: int, topic: str = IMAGE_TOPIC) -> tuple[Foxg
     """The image of the camera."""
     image = CompressedImage(timestamp=_timestamp(time_ns), frame_id=CAMERA_FRAME, data=jpeg, format="jpeg")
     return (FoxgloveMessage(topic, image.SerializeToString()),)
+
+
+def from_tracks(keypoints: FloatArray, has_landmark: NDArray[np.bool_], time_ns: int) -> tuple[FoxgloveMessage, ...]:
+    """Keypoints (N, 2) px of the image they are drawn on; Foxglove counts from the corner of the top-left pixel."""
+    marks = [
+        PointsAnnotation(
+            timestamp=_timestamp(time_ns),
+            type=PointsAnnotation.POINTS,
+            points=[Point2(x=x, y=y) for x, y in (keypoints[has_landmark == kind] + HALF_PIXEL).tolist()],
+            outline_color=color,
+            fill_color=color,
+            thickness=_TRACK_SIZE_PX,
+        )
+        for kind, color in _TRACK_COLORS
+    ]
+    annotations = ImageAnnotations(timestamp=_timestamp(time_ns), points=marks)
+    return (FoxgloveMessage(TRACKS_TOPIC, annotations.SerializeToString()),)
 
 
 def jpeg_of(data: bytes) -> bytes:

@@ -17,7 +17,7 @@ from types import TracebackType
 import cv2
 
 from vo import __version__, foxglove
-from vo.camera_models import scaled_camera
+from vo.camera_models import scaled_camera, scaled_keypoints
 from vo.foxglove import KEYFRAME_TOPIC
 from vo.message_stream import EncodedMessage
 from vo.messages import (
@@ -32,7 +32,7 @@ from vo.messages import (
 )
 from vo.output import OutputError
 from vo.recording import ChannelSpec, RecordingWriter
-from vo.types import Camera, Frame, PoseEstimate
+from vo.types import Camera, Frame, FrameTracks, PoseEstimate
 
 MAX_QUEUE_BYTES = 64 * 1024 * 1024
 COMMIT_PERIOD_S = 0.5
@@ -230,6 +230,7 @@ class _Converter:
         self.session_id = ""
         self._waiting: deque[EncodedMessage] = deque(maxlen=MAX_WAITING)
         self._camera: Camera | None = None
+        self._tracks: EncodedMessage | None = None
         self._image_size: tuple[int, int] | None = None
 
     def convert(self, message: EncodedMessage) -> list[_Entry]:
@@ -263,6 +264,8 @@ class _Converter:
         entries: list[_Entry] = []
         for message in self._waiting:
             parts = [(own_topic(message.topic), message.data)]
+            if message.topic is Topic.TRACKS:
+                self._tracks = message
             if message.topic in _DRAWN_TOPICS:
                 drawn = self._foxglove(decode(message.data).body, time_ns)
                 parts += [(part.topic, part.data) for part in drawn]
@@ -285,10 +288,18 @@ class _Converter:
                 # Foxglove wants a calibration of the image's own size, and wants it before the image.
                 is_new = self._image_size != (body.width, body.height)
                 self._image_size = (body.width, body.height)
-                image = foxglove.from_jpeg(body.data.tobytes(), time_ns)
+                image = (*foxglove.from_jpeg(body.data.tobytes(), time_ns), *self._tracks_on(body, time_ns))
                 return (*self._calibration(time_ns), *image) if is_new else image
             case _:
                 return ()
+
+    def _tracks_on(self, image: CompressedImage, time_ns: int) -> tuple[foxglove.FoxgloveMessage, ...]:
+        """The tracks of the image's frame, which came before it, where they are in the image."""
+        tracks = None if self._tracks is None else decode(self._tracks.data).body
+        if self._camera is None or not isinstance(tracks, FrameTracks) or tracks.frame_index != image.frame_index:
+            return ()
+        keypoints = scaled_keypoints(tracks.keypoints, self._camera, image.width, image.height)
+        return foxglove.from_tracks(keypoints, tracks.has_landmark, time_ns)
 
     def _calibration(self, time_ns: int) -> tuple[foxglove.FoxgloveMessage, ...]:
         if self._camera is None:
