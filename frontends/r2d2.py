@@ -35,6 +35,7 @@ class R2d2Config:
     spread_cell_px: int | None = setting(
         SPREAD_CELL_PX, minimum=8, help="cells that share the keypoints evenly, px; none: the best anywhere"
     )
+    subpixel: bool = setting(True, help="refines the published whole-pixel keypoints by the repeatability around them")
     min_reliability: float = setting(0.7, minimum=0.0, maximum=1.0, help="reliability a keypoint has to reach")
     min_repeatability: float = setting(0.7, minimum=0.0, maximum=1.0, help="repeatability a keypoint has to reach")
     max_side: int | None = setting(1024, minimum=64, help="the largest scale: longer side of the image at most, px")
@@ -116,8 +117,12 @@ class R2d2:
 
     def _detect(self, image: Tensor, full: tuple[int, int]) -> Detections:
         """Detections of one scale with keypoints in px of the full image."""
-        found = detect(self.maps(image), self.config.min_reliability, self.config.min_repeatability)
-        keypoints = to_full_resolution(found.keypoints, (image.shape[3], image.shape[2]), full)
+        maps = self.maps(image)
+        found = detect(maps, self.config.min_reliability, self.config.min_repeatability)
+        points = found.keypoints
+        if self.config.subpixel:
+            points = refined_peaks(maps.repeatability[0], points.long())
+        keypoints = to_full_resolution(points, (image.shape[3], image.shape[2]), full)
         return Detections(keypoints, found.scores, found.descriptors)
 
     def maps(self, image: Tensor) -> R2d2Maps:
@@ -162,6 +167,27 @@ def detect(maps: R2d2Maps, min_reliability: float, min_repeatability: float) -> 
     rows, columns = is_peak[0].nonzero(as_tuple=True)
     scores = repeatability[0, rows, columns] * reliability[0, rows, columns]
     return Detections(torch.stack((columns, rows), dim=1).float(), scores, maps.descriptors[0, :, rows, columns].T)
+
+
+def refined_peaks(repeatability: Tensor, points: Tensor) -> Tensor:
+    """Sub-pixel places (N, 2) px of whole-pixel peaks (N, 2) of a map (H, W): vertices of parabolas through neighbours.
+
+    One along x and one along y, at most half a pixel away; peaks on the edge of the image stay where they are. Not part
+    of the published method.
+    """
+    height, width = repeatability.shape
+    inner = points.clamp(points.new_tensor([1, 1]), points.new_tensor([width - 2, height - 2]))
+    columns, rows = inner.T
+    centre = repeatability[rows, columns]
+    offsets = []
+    for before, after in (
+        (repeatability[rows, columns - 1], repeatability[rows, columns + 1]),
+        (repeatability[rows - 1, columns], repeatability[rows + 1, columns]),
+    ):
+        curvature = 2 * centre - before - after
+        offsets.append(torch.where(curvature > 0, (after - before) / (2 * curvature.clamp(min=1e-12)), 0.0))
+    is_inner = (inner == points).all(dim=1, keepdim=True)
+    return points + torch.stack(offsets, dim=1).clamp(-0.5, 0.5) * is_inner
 
 
 def rgb_batch(image: NDArray[np.uint8], device: torch.device | str) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from frontends.base import Extractor, WeightsError
 from frontends.frontend import create_extractor
-from frontends.r2d2 import R2d2, R2d2Config, detect, rgb_batch
+from frontends.r2d2 import R2d2, R2d2Config, detect, refined_peaks, rgb_batch
 from frontends.r2d2_network import (
     R2d2Architecture,
     R2d2Maps,
@@ -279,7 +279,12 @@ def test_detections_are_the_peaks_above_both_thresholds() -> None:
 def test_one_scale_gives_the_best_detections_of_the_network() -> None:
     image = picture()
     extractor = extractor_of(
-        max_keypoints=50, spread_cell_px=None, min_reliability=0.2, min_repeatability=0.2, min_side=96
+        max_keypoints=50,
+        spread_cell_px=None,
+        subpixel=False,
+        min_reliability=0.2,
+        min_repeatability=0.2,
+        min_side=96,
     )
     features = extractor.extract(image)
     with torch.inference_mode():
@@ -290,6 +295,20 @@ def test_one_scale_gives_the_best_detections_of_the_network() -> None:
     np.testing.assert_allclose(features.scores, found.scores[order], atol=1e-5)
     np.testing.assert_array_equal(features.keypoints, found.keypoints[order])
     np.testing.assert_allclose(features.descriptors, found.descriptors[order], atol=1e-5)
+
+
+def test_peaks_of_paraboloids_are_found_below_the_pixel() -> None:
+    """Exactly where the map is one; on the edge of the image, and where it is flat, they stay."""
+    generator = np.random.default_rng(0)
+    tops = np.stack((generator.uniform(4.6, 5.4, 20), generator.uniform(3.6, 4.4, 20)), axis=1)
+    columns, rows = np.meshgrid(np.arange(11), np.arange(9))
+    for x, y in tops:
+        heat = 0.9 - 0.02 * (columns - x) ** 2 - 0.03 * (rows - y) ** 2
+        found = refined_peaks(torch.from_numpy(heat.astype(np.float32)), torch.tensor([[round(x), round(y)]]))
+        np.testing.assert_allclose(found[0], [x, y], atol=1e-4)
+    points = torch.tensor([[0, 4], [5, 8], [5, 4]])
+    slope = torch.from_numpy(columns.astype(np.float32))
+    assert torch.equal(refined_peaks(slope, points), points.float())
 
 
 def test_scales_go_down_step_by_step_and_map_back_by_pixel_centres() -> None:

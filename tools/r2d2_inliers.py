@@ -3,8 +3,8 @@
     python tools/r2d2_inliers.py --weights r2d2.pt --source kitti:DIR --frames 40 --gaps 1,3,5
 
 Mutual nearest neighbours, pose by RANSAC under the sequence's intrinsics; true inliers lie within 1.5 px of both
-epipolar lines of the true motion. Measured twice: with the thresholds of the configuration, and with none, where both
-networks have to name as many keypoints.
+epipolar lines of the true motion. Measured twice: with the configuration's thresholds, below which random weights name
+hardly any keypoint; and with the strongest of all pixels, so that both networks name as many.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gaps", default="1,3,5", help="frames apart, with commas (default: %(default)s)")
     parser.add_argument("--step", type=int, default=1, help="take every STEP-th pair of a gap")
     parser.add_argument("--keypoints", type=int, default=1024, help="per frame at most (default: %(default)s)")
-    parser.add_argument("--max-side", type=int, default=640, help="of the largest scale, px (default: %(default)s)")
+    parser.add_argument("--max-side", type=int, default=640, help="of the one scale used, px (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     options = parser.parse_args(arguments)
     try:
@@ -67,10 +67,11 @@ def compare(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     random = checkpoint(R2d2Network(read_constructor(trained.constructor or "")).eval())
     print(f"{file.path.name}, {trained.constructor}; {sequence.name}, {len(sequence.frames)} frames")
-    print("network  thresholds  gap  keypoints  matches  inliers  true inliers  posed")
-    limits = {"config": {}, "none": {"min_reliability": 0.0, "min_repeatability": 0.0}}
-    for thresholds, changed in limits.items():
-        config = R2d2Config(max_keypoints=options.keypoints, max_side=options.max_side, **changed)
+    print("network  selection   gap  keypoints  matches  inliers  true inliers  posed")
+    strongest = {"min_reliability": 0.0, "min_repeatability": 0.0, "spread_cell_px": None}
+    for selection, changed in {"config": {}, "strongest": strongest}.items():
+        side = options.max_side
+        config = R2d2Config(max_keypoints=options.keypoints, max_side=side, min_side=side, **changed)
         for name, constructor, state_dict in (
             ("trained", trained.constructor, trained.state_dict),
             ("random", random["net"], random["state_dict"]),
@@ -78,7 +79,7 @@ def compare(options: argparse.Namespace) -> None:
             extractor = R2d2(config, constructor, state_dict)
             for gap, row in measure(sequence, extractor, options).items():
                 print(
-                    f"{name:8} {thresholds:10} {gap:4} {row.keypoints:10.0f} {row.matches:8.0f} {row.inliers:8.1f} "
+                    f"{name:8} {selection:10} {gap:4} {row.keypoints:10.0f} {row.matches:8.0f} {row.inliers:8.1f} "
                     f"{row.true_inliers:13.1f} {row.posed:3} of {row.pairs}",
                     flush=True,
                 )
