@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint format install install-dev check-python clean
+.PHONY: help demo test guard lint format install install-dev check-python clean
 
 help:
 	@echo "make demo     install into $(VENV), replay the bundled clip, evaluate it, write out/demo/"
 	@echo "make test     install the development tools, run the tests"
+	@echo "make guard    hold accuracy, losses and relative speed to benchmarks/bands.yaml"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff format and fix what it can"
 	@echo "make clean    remove $(VENV) and caches (results in out/ stay)"
@@ -19,6 +20,9 @@ demo: install
 
 test: install-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+guard: install-dev
+	$(BIN)/python tools/regression_guard.py
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -1,15 +1,18 @@
 """Measure everything in BENCHMARKS.md again on this machine, and write the page.
 
-    LIGHTVO_WEIGHTS=DIR LIGHTVO_DATA=DIR python tools/run_benchmarks.py [--only speed,matching,memory,runs]
+    LIGHTVO_WEIGHTS=DIR LIGHTVO_DATA=DIR python tools/run_benchmarks.py [--only speed,peers,guard,...]
 
 LIGHTVO_DATA holds kitti/sequences/00 with kitti/poses/00.txt, and tum/rgbd_7scenes_head. Nothing else should run
-meanwhile. About ten minutes on two cores for speed, matching and memory; whole runs take as long again.
+meanwhile. On two cores about ten minutes for speed, matching and memory; ten for whole runs; 13 for peers; 8 for batch;
+6 for guard; 3 for faults.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,7 +26,7 @@ from write_benchmarks import main as write_benchmarks
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks"
-GROUPS = ("speed", "matching", "memory", "runs")
+GROUPS = ("speed", "matching", "memory", "runs", "peers", "batch", "guard", "faults")
 
 KITTI, ROOM = "kitti:{data}/kitti/sequences/00", "tum:{data}/tum/rgbd_7scenes_head"
 # What the published methods do, so that both sides of a comparison find the same.
@@ -61,7 +64,18 @@ CASES = (
     Case("runs", "room-preset", ROOM, ("--config", "tum")),
     Case("runs", "demo-default", "demo"),
     Case("runs", "demo-preset", "demo", ("--config", "demo")),
+    Case("peers", "peers", ""),
+    Case("batch", "batch-heads", "heads", ("--device", "cpu")),
+    Case("guard", "guard", ""),
+    Case("guard", "guard-check", ""),
+    Case("faults", "faults-geometry", ""),
 )
+TOOLS = {
+    "peers": "compare_peers.py",
+    "guard": "regression_guard.py",
+    "guard-check": "check_guard.py",
+    "faults-geometry": "mutate.py",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +115,15 @@ def measure(case: Case, source: str) -> None:
             run_tool("matching_quality.py", "--source", source, "--json", str(result), *case.flags)
         case "memory":
             run_tool("peak_memory.py", source, "--json", str(result), *case.flags)
+        case "batch":
+            with tempfile.TemporaryDirectory() as output:
+                command = [sys.executable, "-m", "vo", "batch", source, "--output", output, *case.flags]
+                subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
+                tree = json.loads(Path(output, "batch.json").read_text(encoding="utf-8"))
+                tree["command"] = shlex.join(["vo", "batch", source, "--output", f"out/{source}", *case.flags])
+                result.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        case "peers" | "guard" | "faults":
+            run_tool(TOOLS[case.name], "--json", str(result), *case.flags)
         case _:
             with tempfile.TemporaryDirectory() as output:
                 flags = ["--output", output, "--device", "cpu", "--publish", "off", "--quiet", *case.flags]

@@ -24,6 +24,8 @@ from benchmark_tables import (
     stage_lines,
     table,
 )
+from peer_tables import peer_lines
+from proof_tables import batch_lines, fault_lines, guard_lines, known_pair_lines
 
 from vo.bench_machine import portable_source, read_machine
 
@@ -34,7 +36,15 @@ SCHEMAS = {
     "lightvo-matching/1": "matching",
     "lightvo-memory/1": "memory",
     RUN_SCHEMA: "run",
+    "lightvo-peers/1": "peers",
+    "lightvo-batch/1": "batch",
+    "lightvo-bench-matching/1": "pairs",
+    "lightvo-guard/1": "guard",
+    "lightvo-guard-check/1": "guard-check",
+    "lightvo-mutation/1": "faults",
 }
+
+PROOFS = ("peers", "batch", "pairs", "guard", "guard-check", "faults")
 
 # What only a GPU can show: the figure, its bound on one H200, the command that measures it, and where it stands there.
 GPU_FIGURES = (
@@ -178,12 +188,16 @@ def render(results: dict[str, list[Tree]]) -> str:
     """The whole page."""
     on_cpu = [result for result in results["bench"] if result["machine"]["gpu"] is None]
     on_gpu = [result for result in results["bench"] if result["machine"]["gpu"] is not None]
-    measured = [*on_cpu, *results["matching"], *results["memory"]]
+    proofs = [result for kind in PROOFS for result in results[kind]]
+    measured = [*on_cpu, *results["matching"], *results["memory"], *proofs]
     lines = [
         INTRODUCTION,
         "## CPU",
         "",
-        *(machine_lines([*on_cpu, *results["matching"]]) or ["Not measured yet."]),
+        *(
+            machine_lines([r for r in [*on_cpu, *results["matching"], *proofs] if "machine" in r])
+            or ["Not measured yet."]
+        ),
         "",
         "### Against other implementations",
         "",
@@ -217,6 +231,7 @@ def render(results: dict[str, list[Tree]]) -> str:
         "",
         *run_lines(results["run"]),
         "",
+        *_proofs(results),
         *_gpu(on_gpu),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -229,6 +244,46 @@ ground truth has an error of its own, so they are worth comparing rather than re
 points that were still in play at the end. `match, ms` is one call without anything known of either frame, so a little
 more than in a run, where the previous frame is known.
 """
+
+
+PEERS_INTRODUCTION = """Every method in a process of its own, in turn lap by lap on the same frames (`python
+tools/compare_peers.py`). `matches`, `precision` (within 1.5 px of both epipolar lines of the true motion) and two views
+are of frames three apart; the odometry is the whole one, with the method in the place of ours. Times are medians over
+all frames and laps, with the 90 % bootstrap interval of the median; `frame` is extraction and odometry, in which the
+matcher may run more than once. `memory` is the largest resident set, and what the libraries alone take of it.
+"""
+
+
+def _proofs(results: dict[str, list[Tree]]) -> list[str]:
+    peers = [line for result in results["peers"] for line in (*peer_lines(result), "")]
+    return [
+        "## Against other front-ends, through the same odometry",
+        "",
+        PEERS_INTRODUCTION,
+        *(peers or ["Not measured yet.", ""]),
+        "## Batches",
+        "",
+        "`vo batch MANIFEST`; the full data sets: `vo batch kitti`, `vo batch tum`, `vo batch euroc`. Medians where",
+        "there are several runs. Published figures of other systems stand beside ours where a manifest has them.",
+        "",
+        *batch_lines(results["batch"]),
+        "## Matches under known homographies and poses",
+        "",
+        "`vo bench-matching`; how each figure is defined: `vo/matching_scores.py`.",
+        "",
+        *known_pair_lines(results["pairs"]),
+        "## The guard",
+        "",
+        "`python tools/regression_guard.py`, at every change: figures of the code against `benchmarks/bands.yaml`.",
+        "Ratios are times over that of a fixed baseline (OpenCV's ORB, brute force, essential matrix) in the same run.",
+        "",
+        *guard_lines(results["guard"], results["guard-check"]),
+        "## Faults in geometry",
+        "",
+        "`python tools/mutate.py`: small faults in a copy of the code, one at a time, and whether the tests notice.",
+        "",
+        *fault_lines(results["faults"]),
+    ]
 
 
 def _matching(results: Sequence[Tree]) -> list[str]:
