@@ -348,9 +348,11 @@ def test_tails_show_where_a_track_comes_from():
 def test_a_broken_image_is_counted_and_the_last_one_stays():
     picture = TrackPicture()
     picture.set_image(an_image(1))
+    expected = picture.draw(320)
     broken = CompressedImage(2, 2 * PERIOD_NS, 640, 480, an_image(2).data[:200].copy())
-    picture.set_image(broken)
-    picture.set_image(replace(an_image(3), width=320))
+    for image in (broken, replace(an_image(3), width=320)):
+        picture.set_image(image)
+        np.testing.assert_array_equal(picture.draw(320), expected)
     assert picture.num_broken == 2 and picture.frame_index == 1
 
 

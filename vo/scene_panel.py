@@ -32,6 +32,10 @@ TEXT_COLOR: Color = (0.88, 0.89, 0.92)
 DIM_COLOR: Color = (0.50, 0.52, 0.58)
 WARNING_COLOR: Color = (1.00, 0.62, 0.10)
 
+SMALL_DOT = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], np.int32)
+LARGE_DOT = np.array([[x, y] for x in range(-2, 3) for y in range(-2, 3) if abs(x) + abs(y) < 4], np.int32)
+MAX_PIXEL = 30_000
+
 Picture = NDArray[np.uint8]
 
 
@@ -65,94 +69,150 @@ class TrackPicture:
 
     def clear(self) -> None:
         """Forgets the run, but not its camera."""
-        self._tracks: deque[FrameTracks] = deque(maxlen=KEPT_FRAMES)
+        self._tracks: deque[_LinkedTracks] = deque(maxlen=KEPT_FRAMES)
+        self._waiting: CompressedImage | None = None
         self._image: Picture | None = None
+        self._resized: Picture | None = None
         self._image_frame: int | None = None
         self.num_broken = 0
 
     @property
     def has_image(self) -> bool:
-        return self._image is not None
+        return self._image is not None or self._waiting is not None
 
     @property
     def frame_index(self) -> int | None:
+        self._read_image()
         if self._image_frame is not None:
             return self._image_frame
-        return self._tracks[-1].frame_index if self._tracks else None
+        return self._tracks[-1].tracks.frame_index if self._tracks else None
 
     @property
     def num_tracks(self) -> int:
-        tracks = self._shown_tracks()
-        return len(tracks[-1].track_ids) if tracks else 0
+        self._read_image()
+        shown = self._shown_tracks()
+        return len(shown[-1].tracks.track_ids) if shown else 0
 
     def set_camera(self, camera: Camera) -> None:
         """Tells the size of the full image: keypoints are given in its pixels."""
-        self._camera = camera
+        if self._camera is None or (self._camera.width, self._camera.height) != (camera.width, camera.height):
+            self._camera, self._resized = camera, None
 
     def add_tracks(self, tracks: FrameTracks) -> None:
-        self._tracks.append(tracks)
+        """Takes the tracks of the next frame."""
+        self._tracks.append(_linked(self._tracks[-1].tracks if self._tracks else None, tracks))
 
     def set_image(self, image: CompressedImage) -> None:
-        """Takes a new image; one that cannot be read is counted, and the last one stays."""
+        """Takes a new image, to be read when it is drawn; where it cannot be, the last one stays."""
+        self._waiting = image
+
+    def draw(self, width: int) -> Picture:
+        """(H, width, 3) RGB."""
+        self._read_image()
+        full_width, full_height = self._full_size()
+        size = width, max(1, round(width * full_height / full_width))
+        if self._resized is None or self._resized.shape[1::-1] != size:
+            self._resized = self._resize(size)
+        canvas = self._resized.copy()
+        self._draw_tracks(canvas, width / full_width)
+        return canvas
+
+    def _read_image(self) -> None:
+        image, self._waiting = self._waiting, None
+        if image is None:
+            return
         picture = cv2.imdecode(np.ascontiguousarray(image.data), cv2.IMREAD_COLOR_RGB)
         if picture is None or picture.shape[:2] != (image.height, image.width):
             self.num_broken += 1
             return
         self._image, self._image_frame = picture.astype(np.uint8, copy=False), image.frame_index
+        self._resized = None
 
-    def draw(self, width: int) -> Picture:
-        """(H, width, 3) RGB."""
-        full_width, full_height = self._full_size()
-        height = max(1, round(width * full_height / full_width))
-        canvas: Picture
+    def _resize(self, size: tuple[int, int]) -> Picture:
         if self._image is None:
-            canvas = np.empty((height, width, 3), np.uint8)
-            canvas[:] = rgb(IMAGE_BACKGROUND)
-        else:
-            resized = cv2.resize(self._image, (width, height), interpolation=cv2.INTER_AREA)
-            canvas = resized.astype(np.uint8, copy=False)
-        self._draw_tracks(canvas, width / full_width)
-        return canvas
+            empty = np.empty((size[1], size[0], 3), np.uint8)
+            empty[:] = rgb(IMAGE_BACKGROUND)
+            return empty
+        # Averaging over areas is slow, and looks better only where the picture shrinks by more than half.
+        is_small = 2 * size[0] < self._image.shape[1]
+        resized = cv2.resize(self._image, size, interpolation=cv2.INTER_AREA if is_small else cv2.INTER_LINEAR)
+        return resized.astype(np.uint8, copy=False)
 
     def _full_size(self) -> tuple[int, int]:
         if self._camera is not None:
             return self._camera.width, self._camera.height
         return (640, 480) if self._image is None else (self._image.shape[1], self._image.shape[0])
 
-    def _shown_tracks(self) -> list[FrameTracks]:
+    def _shown_tracks(self) -> list[_LinkedTracks]:
         """The tracks of the frame that is shown and of the frames before it, at most TAIL_FRAMES of them."""
         last = self._image_frame
-        return [tracks for tracks in self._tracks if last is None or tracks.frame_index <= last][-TAIL_FRAMES:]
+        known = [linked for linked in self._tracks if last is None or linked.tracks.frame_index <= last]
+        return known[-TAIL_FRAMES:]
 
     def _draw_tracks(self, canvas: Picture, scale: float) -> None:
         shown = self._shown_tracks()
         if not shown:
             return
-        newest = shown[-1]
-        ages = np.minimum(newest.lengths * NUM_AGE_COLORS // (OLD_AGE + 1), NUM_AGE_COLORS - 1)
-        for older, newer in itertools.pairwise(shown):
-            _, index0, index1 = np.intersect1d(older.track_ids, newer.track_ids, return_indices=True)
-            is_alive = np.isin(newer.track_ids[index1], newest.track_ids)
-            lines = np.stack([older.keypoints[index0], newer.keypoints[index1]], 1)[is_alive]
-            lengths = np.minimum(newer.lengths[index1][is_alive] * NUM_AGE_COLORS // (OLD_AGE + 1), NUM_AGE_COLORS - 1)
-            self._draw_lines(canvas, lines, lengths, scale, thickness=1)
-        dots = np.repeat(newest.keypoints[:, None], 2, axis=1)
-        self._draw_lines(canvas, dots[newest.has_landmark], ages[newest.has_landmark], scale, thickness=5)
-        self._draw_lines(canvas, dots[~newest.has_landmark], ages[~newest.has_landmark], scale, thickness=2)
+        newest = shown[-1].tracks
+        ids = np.concatenate([linked.ids for linked in shown[1:]] or [np.zeros(0, np.int64)])
+        if len(ids):
+            is_alive = np.isin(ids, newest.track_ids)
+            lines = np.concatenate([linked.lines for linked in shown[1:]])[is_alive]
+            lengths = np.concatenate([linked.lengths for linked in shown[1:]])[is_alive]
+            self._draw_lines(canvas, to_pixels(lines, scale), color_numbers(lengths))
+        pixels, ages = to_pixels(newest.keypoints, scale), color_numbers(newest.lengths)
+        for has_landmark, stamp in ((False, SMALL_DOT), (True, LARGE_DOT)):
+            chosen = newest.has_landmark == has_landmark
+            stamp_dots(canvas, pixels[chosen], self._colors[ages[chosen]], stamp)
 
-    def _draw_lines(
-        self,
-        canvas: Picture,
-        lines: NDArray[np.float32],
-        ages: NDArray[np.int32],
-        scale: float,
-        thickness: int,
-    ) -> None:
-        """Lines (N, 2, 2) px of the full image, those of one colour at once; a line without length is a dot."""
-        pixels = np.rint((lines + 0.5) * scale - 0.5).astype(np.int32)
-        for age in np.unique(ages).tolist():
-            color = tuple(int(value) for value in self._colors[age])
-            cv2.polylines(canvas, list(pixels[ages == age]), False, color, thickness)
+    def _draw_lines(self, canvas: Picture, lines: NDArray[np.int32], ages: NDArray[np.int32]) -> None:
+        """Lines (N, 2, 2) px, those of one colour at once."""
+        order = np.argsort(ages, kind="stable")
+        starts = np.searchsorted(ages[order], np.arange(NUM_AGE_COLORS + 1))
+        for number, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
+            if end > start:
+                color = tuple(int(value) for value in self._colors[number])
+                cv2.polylines(canvas, list(lines[order[start:end]]), False, color, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LinkedTracks:
+    """The tracks of a frame, and the lines (M, 2, 2) px that lead to them from the frame before, with id and length."""
+
+    tracks: FrameTracks
+    ids: NDArray[np.int64]
+    lines: NDArray[np.float32]
+    lengths: NDArray[np.int32]
+
+
+def _linked(older: FrameTracks | None, newer: FrameTracks) -> _LinkedTracks:
+    if older is None:
+        return _LinkedTracks(newer, np.zeros(0, np.int64), np.zeros((0, 2, 2), np.float32), np.zeros(0, np.int32))
+    ids, index0, index1 = np.intersect1d(older.track_ids, newer.track_ids, assume_unique=True, return_indices=True)
+    lines = np.stack([older.keypoints[index0], newer.keypoints[index1]], 1)
+    return _LinkedTracks(newer, ids, lines, newer.lengths[index1])
+
+
+def color_numbers(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Which of `age_colors` tracks of these lengths (N,) have."""
+    return np.minimum(lengths * NUM_AGE_COLORS // (OLD_AGE + 1), NUM_AGE_COLORS - 1).astype(np.int32)
+
+
+def to_pixels(keypoints: NDArray[np.float32], scale: float) -> NDArray[np.int32]:
+    """Keypoints (..., 2) of the full image in whole pixels of one that is `scale` times as large."""
+    pixels = np.clip((keypoints + 0.5) * scale - 0.5, -MAX_PIXEL, MAX_PIXEL)
+    return np.asarray(np.rint(pixels), np.int32)
+
+
+def stamp_dots(
+    canvas: Picture, pixels: NDArray[np.int32], colors: NDArray[np.uint8], offsets: NDArray[np.int32]
+) -> None:
+    """Sets the pixels around each of (N, 2) to its colour (N, 3)."""
+    height, width = canvas.shape[:2]
+    for offset in offsets:
+        x, y = (pixels + offset).T
+        is_inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        canvas[y[is_inside], x[is_inside]] = colors[is_inside]
 
 
 class Panel:
