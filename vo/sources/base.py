@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vo.types import Camera, Frame
+from vo.types import Camera, Frame, StereoRig
 
 
 @dataclass(frozen=True, slots=True)
 class SkippedFrame:
     """What could not be read: the frame's index, the file, and why.
 
-    is_kept  the frame itself was delivered; only its depth image was left out.
+    is_kept  the frame itself was delivered; only its depth image, or its right one, was left out.
     """
 
     index: int
@@ -32,6 +32,7 @@ class Source(Protocol):
     num_frames    how many there will be, None where that cannot be known (live, some videos).
     skipped       what could not be read so far.
     ground_truth  trajectory file that came with the frames, for evaluation only.
+    stereo        both cameras where frames come with a right image: the run asked for it and the source has one.
     """
 
     @property
@@ -46,6 +47,8 @@ class Source(Protocol):
     def skipped(self) -> Sequence[SkippedFrame]: ...
     @property
     def ground_truth(self) -> Path | None: ...
+    @property
+    def stereo(self) -> StereoRig | None: ...
 
     def frames(self) -> Iterator[Frame]:
         """Yields every readable frame; raises SourceError where going on makes no sense."""

@@ -17,7 +17,12 @@ _EXPECTED = (
 
 
 def open_source(
-    spec: str, *, camera_file: Path | None = None, fov_deg: float | None = None, fps: float | None = None
+    spec: str,
+    *,
+    camera_file: Path | None = None,
+    fov_deg: float | None = None,
+    fps: float | None = None,
+    wants_stereo: bool = False,
 ) -> Source:
     """The source of frames that `spec` names.
 
@@ -27,10 +32,13 @@ def open_source(
     camera_file  camera.yaml to use instead of the source's own intrinsics.
     fov_deg      horizontal field of view to guess the intrinsics from instead.
     fps          rate of frames that carry no times of their own: image directories (default 30), videos, webcams.
+    wants_stereo read the right images of a stereo camera too, and fail where there are none (KITTI and EuRoC only).
 
     Raises SourceError, in one line that names what was found and what is expected.
     """
     choice = CameraChoice(camera_file, fov_deg)
+    if wants_stereo:
+        return _open_stereo(spec, choice, fps)
     kind, colon, rest = spec.partition(":")
     if not colon:
         kind = ""
@@ -49,6 +57,27 @@ def open_source(
 
         return open_video_url(spec, choice, fps)
     return _open_bare(spec, _path(spec, spec), choice, fps)
+
+
+def _open_stereo(spec: str, choice: CameraChoice, fps: float | None) -> Source:
+    """A source with right images; SourceError where its kind has none."""
+    from vo.sources.euroc import open_euroc
+    from vo.sources.kitti import open_kitti
+
+    kind, _, rest = spec.partition(":")
+    path = _path(spec, rest if kind in ("kitti", "euroc") else spec)
+    if kind not in ("kitti", "euroc") and path.is_dir():
+        kind = recognise(path)
+    match kind:
+        case "kitti":
+            return open_kitti(spec, path, choice, fps, wants_stereo=True)
+        case "euroc":
+            return open_euroc(spec, path, choice, fps, wants_stereo=True)
+        case _:
+            raise SourceError(
+                f"{spec}: has no second camera; odometry.scale: stereo needs kitti:DIR with image_1, or euroc:DIR "
+                "with cam1"
+            )
 
 
 def _open_directory(kind: str, spec: str, directory: Path, choice: CameraChoice, fps: float | None) -> Source:

@@ -11,17 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vo.sources.base import SkippedFrame
+from vo.sources.cameras import CameraChoice
 from vo.sources.decode import UnreadableImageError, read_depth, read_image
-from vo.types import Camera, Frame, SourceError
+from vo.types import Camera, FloatArray, Frame, SourceError, StereoRig
 
 
 @dataclass(frozen=True, slots=True)
 class ImageEntry:
-    """Where one frame lies and when it was taken; `depth` is the file of its depth image, if it has one."""
+    """Where one frame lies and when it was taken; `depth` and `right` are the files of its depth image and of the image
+    of the second camera, if it has them.
+    """
 
     timestamp_ns: int
     image: Path
     depth: Path | None = None
+    right: Path | None = None
 
 
 class ImageSequence:
@@ -37,11 +41,13 @@ class ImageSequence:
         *,
         depth_scale: float = 5000.0,
         ground_truth: Path | None = None,
+        stereo: StereoRig | None = None,
     ) -> None:
-        """`depth_scale` is in units of the depth images per metre."""
+        """`depth_scale` is in units of the depth images per metre; with `stereo` the right images are read too."""
         self.name = name
         self.camera = camera
         self.ground_truth = ground_truth
+        self.stereo = stereo
         self.num_frames = len(entries)
         self._entries = tuple(entries)
         self._depth_scale = depth_scale
@@ -78,7 +84,8 @@ class ImageSequence:
             self._skip(index, entry.image, str(error))
             return None
         check_size(image.shape, self.camera, str(entry.image))
-        return Frame(index, entry.timestamp_ns, image, self.camera, self._read_depth(index, entry.depth))
+        depth, right = self._read_depth(index, entry.depth), self._read_right(index, entry)
+        return Frame(index, entry.timestamp_ns, image, self.camera, depth, right)
 
     def _read_depth(self, index: int, path: Path | None) -> NDArray[np.float32] | None:
         if path is None:
@@ -90,6 +97,20 @@ class ImageSequence:
             return None
         check_size(depth.shape, self.camera, str(path))
         return depth
+
+    def _read_right(self, index: int, entry: ImageEntry) -> NDArray[np.uint8] | None:
+        if self.stereo is None:
+            return None
+        name = entry.image.name if entry.right is None else entry.right.name
+        try:
+            if entry.right is None:
+                raise UnreadableImageError("none at its time")
+            image = read_image(entry.right)
+        except UnreadableImageError as error:
+            self._skipped.append(SkippedFrame(index, name, f"frame kept without right image: {error}", is_kept=True))
+            return None
+        check_size(image.shape, self.stereo.camera1, str(entry.right))
+        return image
 
     def _skip(self, index: int, path: Path, reason: str) -> None:
         self._skipped.append(SkippedFrame(index, path.name, reason))
@@ -116,6 +137,26 @@ def check_size(shape: tuple[int, ...], camera: Camera, name: str) -> None:
             f"{name}: {width}x{height} px, but the camera is {camera.width}x{camera.height} px; "
             "all frames must have the size of the calibration: use matching images or another --camera file"
         )
+
+
+def make_rig(camera0: Camera, camera1: Camera, T_camera0_camera1: FloatArray, where: str) -> StereoRig:
+    """Raises SourceError, naming `where`, unless camera 1 stands to the right of camera 0."""
+    x, y, z = (float(value) for value in T_camera0_camera1[:3, 3])
+    if x <= 2.0 * max(abs(y), abs(z)):
+        raise SourceError(
+            f"{where}: expected the second camera to the right of the first, it is at {x:g} {y:g} {z:g} m; "
+            "choose another odometry.scale than stereo"
+        )
+    try:
+        return StereoRig(camera0, camera1, T_camera0_camera1)
+    except ValueError as error:
+        raise SourceError(f"{where}: {error}") from None
+
+
+def refuse_replaced_cameras(choice: CameraChoice, where: str) -> None:
+    """Raise SourceError for intrinsics of the user's: stereo needs those the two cameras were calibrated with."""
+    if choice != CameraChoice():
+        raise SourceError(f"{where}: stereo needs the calibration of both cameras; drop --camera and --fov-deg")
 
 
 def nothing_readable(name: str, skipped: Sequence[SkippedFrame]) -> str:

@@ -62,6 +62,7 @@ class VideoSource:
     """
 
     is_live = False
+    stereo = None
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class LiveSource:
     """
 
     is_live = True
+    stereo = None
     num_frames = None
     ground_truth = None
 
