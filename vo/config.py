@@ -70,6 +70,9 @@ class _RangeScaleConfig(_MetricScaleConfig):
     min_depth_m: float = setting(0.2, minimum=0.0, maximum=1000.0, help="nearer depths are left out, m")
     max_depth_m: float = setting(8.0, minimum=0.1, maximum=1000.0, help="farther depths are left out, m")
     min_readings: int = setting(20, minimum=3, maximum=10_000, help="landmarks with a depth, for a reading")
+    max_spread: float = setting(
+        0.2, minimum=0.001, maximum=10.0, help="of the ratios of single landmarks, for a reading, 1 sigma"
+    )
     systematic: float = setting(
         0.005, minimum=0.0, maximum=0.5, help="error that all depths of a frame share, ratio, 1 sigma"
     )
@@ -182,13 +185,17 @@ class OdometryConfig:
     min_matches: int = setting(30, minimum=8, help="fewer matches to the previous frame and the frame is lost")
     min_inliers: int = setting(15, minimum=6, help="fewer landmarks that agree with a pose are a rejection")
     min_inlier_ratio: float = setting(0.4, minimum=0.0, maximum=1.0, help="of the landmarks in view, for a pose")
+    prior_inlier_ratio: float = setting(
+        0.6, minimum=0.0, maximum=1.0, help="of the landmarks in view, to trust the last motion without two views"
+    )
     stationary_px: float = setting(0.5, minimum=0.0, help="image motion below which the pose is held, px")
     pose_threshold_px: float = setting(3.0, minimum=0.1, help="reprojection error of an inlier landmark, px")
     init_parallax_deg: float = setting(0.4, minimum=0.05, maximum=20.0, help="median parallax to start a map, deg")
     init_landmarks: int = setting(40, minimum=10, help="landmarks needed to start a map")
     triangulation_parallax_deg: float = setting(0.5, minimum=0.02, maximum=20.0, help="of a new landmark, deg")
     triangulation_error_px: float = setting(2.0, minimum=0.1, help="reprojection error of a new landmark, px")
-    keyframe_motion_px: float = setting(15.0, minimum=0.0, help="median image motion that makes a keyframe, px")
+    keyframe_parallax_px: float = setting(10.0, minimum=0.0, help="median parallax that makes a keyframe, px")
+    keyframe_rotation_deg: float = setting(15.0, minimum=1.0, help="rotation that makes a keyframe, deg")
     keyframe_landmark_ratio: float = setting(0.8, minimum=0.0, maximum=1.0, help="share still seen that makes one")
     reconnect_keyframes: int = setting(
         1, minimum=0, maximum=10, help="keyframes, besides the previous frame, that a frame is matched to"

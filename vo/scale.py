@@ -137,7 +137,7 @@ def _range_reading(
     if len(ratios) < config.min_readings:
         return None
     centre, sigma, num_inliers = robust_mean(ratios)
-    if num_inliers < config.min_readings:
+    if num_inliers < config.min_readings or sigma * math.sqrt(num_inliers) > config.max_spread:
         return None
     return ScaleReading(centre, max(math.hypot(sigma, config.systematic), 1e-6))
 
