@@ -416,8 +416,9 @@ def disk_of(num_bytes: int) -> Iterator[None]:
 def test_a_full_disk_ends_the_recording_and_not_the_run(tmp_path, capfd):
     """The limit on the size of files stands for the disk; results are small, the recording is not."""
     drive, path, output = write_drive(tmp_path, 30), tmp_path / "run.mcap", tmp_path / "out"
-    limit_bytes = 150_000
+    limit_bytes = 1_000_000  # about half of the recording
     arguments = ["run", drive, "--config", "orb", "--publish", "off", "--record", path, "--output", output]
+    arguments += ["--realtime", "--set", "pipeline.policy=lossless"]
     with disk_of(limit_bytes):
         assert cli.main([str(argument) for argument in arguments]) == 2
     out, err = capfd.readouterr()

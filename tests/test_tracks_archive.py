@@ -90,6 +90,8 @@ def test_a_disk_that_refuses_is_one_line(tmp_path):
     directory = tmp_path / "tracks"
     archive = TracksArchive(directory, max_frames=1)
     archive.add(frame_tracks(0, 3))
+    while not (directory / "tracks_000000.npz").exists():
+        time.sleep(0.01)
     for path in directory.glob("*"):
         path.unlink()
     directory.rmdir()

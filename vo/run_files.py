@@ -86,8 +86,9 @@ class RunFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._resources.__exit__(kind, error, trace)
-        if self._recorder is not None and self._recorder.num_recorded and not self._is_quiet:
-            print(_recording_line(self._recorder), flush=True)
+        recorder = self._recorder
+        if recorder is not None and (recorder.num_recorded or recorder.failure) and not self._is_quiet:
+            print(_recording_line(recorder), flush=True)
 
 
 def write_run_camera(directory: Path, camera: Camera) -> None:
