@@ -210,7 +210,10 @@ class Mapper:
         return max(shifts, default=0.0)
 
     def finish(self) -> o3d.t.geometry.TriangleMesh:
-        """Fuses what is left, all of it anew where corrections ask for it, and returns the mesh."""
+        """Fuses what is left, all of it anew where corrections ask for it, and returns the mesh.
+
+        Raises SourceError where no frame with depth has got a pose.
+        """
         while self.work(is_final=True):
             pass
         if self.largest_shift_m() > self._options.max_shift_m:
@@ -218,6 +221,8 @@ class Mapper:
             self._begin()
             while self.work(is_final=True):
                 pass
+        if self.num_fused == 0:
+            raise SourceError("no frame with depth has got a pose: there is nothing to map")
         return self.volume.mesh()
 
     def _begin(self) -> None:
@@ -338,8 +343,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"map_rgbd: waiting for {options.endpoint}", file=sys.stderr, flush=True)
         map_live(mapper, options.endpoint, options.timeout_s)
     mesh = mapper.finish()
-    if mapper.num_fused == 0:
-        raise SourceError(f"{options.source}: no frame with depth has got a pose; nothing to map")
     if not o3d.t.io.write_triangle_mesh(str(options.output), mesh):
         raise OutputError(f"{options.output}: cannot be written; end the name in .ply or .obj")
     report: dict[str, float] = {
