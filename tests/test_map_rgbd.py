@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,6 +20,7 @@ from vo.geometry import exp_se3, make_pose, transform
 from vo.message_types import KeyframeUpdate
 from vo.trajectory import Trajectory, write_tum
 from vo.types import TrackingStatus
+from vo.view_command import ViewerError, check_libraries
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -29,13 +28,10 @@ from map_poses import PoseGraph, moved  # noqa: E402
 
 
 def needs_open3d() -> None:
-    if importlib.util.find_spec("open3d") is None:
-        pytest.skip("needs Open3D (lightvo[viewer])")
     try:
-        for library in ("libusb-1.0.so.0", "libGL.so.1", "libEGL.so.1", "libX11.so.6"):
-            ctypes.CDLL(library)
-    except OSError as error:
-        pytest.skip(f"needs a library that Open3D loads: {error}")
+        check_libraries()
+    except ViewerError as error:
+        pytest.skip(str(error))
 
 
 def map_rgbd(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import os
 import signal
 import subprocess
@@ -27,7 +25,7 @@ from vo.publisher import Publisher
 from vo.scene import CAMERA_COLOR, KEYFRAME_COLOR, STATUS_COLORS
 from vo.scene_panel import PANEL_WIDTH, rgb
 from vo.types import ConfigError, TrackingStatus
-from vo.view_command import ViewerError, check_vulkan
+from vo.view_command import ViewerError, check_libraries, check_vulkan
 from vo.viewer_process import check_viewable
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,14 +36,11 @@ PATIENCE_S = 60
 
 def missing() -> str:
     """What the viewer lacks on this machine; empty where it can draw. Open3D is not imported: that takes seconds."""
-    if importlib.util.find_spec("open3d") is None:
-        return "needs Open3D (lightvo[viewer])"
     try:
-        for library in ("libusb-1.0.so.0", "libGL.so.1", "libEGL.so.1", "libX11.so.6"):
-            ctypes.CDLL(library)
+        check_libraries()
         check_vulkan()
-    except (OSError, ViewerError) as error:
-        return f"needs a library that Open3D loads: {error}"
+    except ViewerError as error:
+        return f"the viewer needs what is missing here: {error}"
     return ""
 
 

@@ -70,6 +70,7 @@ def examine(endpoint: str) -> Iterator[Check]:
     yield from _check_weights()
     yield _check_endpoint(endpoint)
     yield _check_camera()
+    yield _check_viewer()
     yield _check_disk("disk, working directory", Path.cwd())
     yield _check_disk("disk, cache", _cache_directory())
 
@@ -149,6 +150,24 @@ def _check_camera() -> Check:
         remedy = "add yourself to the group video and log in again"
         return Check("camera", State.BROKEN, f"{devices[0]}: no permission", remedy, is_required=False)
     return Check("camera", State.WORKS, ", ".join(usable), is_required=False)
+
+
+def _check_viewer() -> Check:
+    """Whether `vo view` can draw: off-screen anyway, in a window where there is a display."""
+    from vo.view_command import ViewerError, check_display, check_libraries, check_vulkan
+
+    try:
+        check_libraries()
+        check_vulkan()
+    except ViewerError as error:
+        detail, _, remedy = str(error).partition("; ")
+        return Check("viewer, headless", State.BROKEN, detail, remedy, is_required=False)
+    try:
+        check_display()
+    except ViewerError as error:
+        detail, _, remedy = str(error).partition("; ")
+        return Check("viewer, window", State.MISSING, detail, remedy, is_required=False)
+    return Check("viewer", State.WORKS, "window and headless", is_required=False)
 
 
 def _check_disk(name: str, directory: Path) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import signal
 import sys
@@ -34,6 +35,8 @@ MAX_MESSAGES_PER_STEP = 400
 MIN_HEIGHT = 240
 POLL_S = 0.02
 DEBIAN_PACKAGES = "libusb-1.0-0 libgl1 libegl1 libx11-6 libgomp1"
+SYSTEM_LIBRARIES = ("libusb-1.0.so.0", "libGL.so.1", "libEGL.so.1", "libX11.so.6", "libgomp.so.1")
+NOT_INSTALLED = "Open3D is not installed; pip install 'lightvo[viewer]'"
 VULKAN_PACKAGES = "libvulkan1 mesa-vulkan-drivers"
 
 
@@ -95,13 +98,13 @@ def view_command(request: ViewRequest) -> int:
 def load_viewer(*, needs_display: bool) -> ModuleType:
     """The module that draws. Raises ViewerError naming what is missing: the rendering engine would abort instead."""
     if needs_display:
-        _check_display()
+        check_display()
     try:
         import vo.viewer as viewer
     except ModuleNotFoundError as error:
         if error.name != "open3d":
             raise
-        raise ViewerError("Open3D is not installed: pip install 'lightvo[viewer]'") from error
+        raise ViewerError(NOT_INSTALLED) from error
     except (ImportError, OSError) as error:
         raise ViewerError(f"Open3D cannot be loaded ({error}); on Debian: apt-get install {DEBIAN_PACKAGES}") from error
     check_vulkan()
@@ -127,7 +130,19 @@ def _hidden(names: tuple[str, ...]) -> set[Layer]:
         raise ConfigError(f"--hide: {error}") from error
 
 
-def _check_display() -> None:
+def check_libraries() -> None:
+    """Raises ViewerError without Open3D or a library that it loads, without the seconds that importing it takes."""
+    if importlib.util.find_spec("open3d") is None:
+        raise ViewerError(NOT_INSTALLED)
+    for library in SYSTEM_LIBRARIES:
+        try:
+            ctypes.CDLL(library)
+        except OSError as error:
+            raise ViewerError(f"{library} is missing; on Debian: apt-get install {DEBIAN_PACKAGES}") from error
+
+
+def check_display() -> None:
+    """Raises ViewerError without a display that a window could be on."""
     if os.environ.get("WAYLAND_DISPLAY"):
         return
     name = os.environ.get("DISPLAY")
