@@ -128,6 +128,9 @@ class GroundPlaneScaleConfig(_MetricScaleConfig):
     min_flow_px: float = setting(3.0, minimum=0.1, maximum=1000.0, help="motion of the ground, at least, px")
     max_flow_px: float = setting(80.0, minimum=1.0, maximum=10_000.0, help="motion of the ground, at most, px")
     min_correlation: float = setting(0.6, minimum=-1.0, maximum=1.0, help="of the two images of the ground")
+    max_disagreement: float = setting(
+        0.15, minimum=0.001, maximum=10.0, help="of the distances of the near and the far half of the ground, ratio"
+    )
     pixel_correlation: float = setting(
         20.0, minimum=1.0, maximum=10_000.0, help="neighbouring pixels that count as one measurement"
     )
@@ -190,19 +193,19 @@ class OdometryConfig:
     )
     stationary_px: float = setting(0.5, minimum=0.0, help="image motion below which the pose is held, px")
     pose_threshold_px: float = setting(3.0, minimum=0.1, help="reprojection error of an inlier landmark, px")
-    init_parallax_deg: float = setting(0.4, minimum=0.05, maximum=20.0, help="median parallax to start a map, deg")
+    init_parallax_deg: float = setting(1.0, minimum=0.05, maximum=20.0, help="median parallax to start a map, deg")
     init_landmarks: int = setting(40, minimum=10, help="landmarks needed to start a map")
     triangulation_parallax_deg: float = setting(0.5, minimum=0.02, maximum=20.0, help="of a new landmark, deg")
     triangulation_error_px: float = setting(2.0, minimum=0.1, help="reprojection error of a new landmark, px")
-    keyframe_parallax_px: float = setting(10.0, minimum=0.0, help="median parallax that makes a keyframe, px")
+    keyframe_parallax_px: float = setting(15.0, minimum=0.0, help="median parallax that makes a keyframe, px")
     keyframe_rotation_deg: float = setting(15.0, minimum=1.0, help="rotation that makes a keyframe, deg")
-    keyframe_landmark_ratio: float = setting(0.8, minimum=0.0, maximum=1.0, help="share still seen that makes one")
+    keyframe_landmark_ratio: float = setting(0.5, minimum=0.0, maximum=1.0, help="share still seen that makes one")
     reconnect_keyframes: int = setting(
         1, minimum=0, maximum=10, help="keyframes, besides the previous frame, that a frame is matched to"
     )
     window_size: int = setting(8, minimum=2, maximum=40, help="newest keyframes, refined together")
     window_fixed: int = setting(
-        8, minimum=1, maximum=40, help="older keyframes that see the same points and hold the window in place"
+        12, minimum=1, maximum=40, help="older keyframes that see the same points and hold the window in place"
     )
     window_iterations: int = setting(6, minimum=1, maximum=50, help="steps of the bundle adjustment")
     window_kernel_px: float = setting(1.0, minimum=0.1, help="width of the Cauchy kernel, px")

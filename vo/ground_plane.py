@@ -75,9 +75,22 @@ def find_ground_plane(
         return None
     normal = prior_normal(config)
     start = _best_candidate(road, normal, config)
-    if start is None:
+    found = None if start is None else _aligned(road, start, normal, config)
+    if found is None or not _is_flat(road, found, normal, config):
         return None
-    return _aligned(road, start, normal, config)
+    return found
+
+
+def _is_flat(road: _Road, found: GroundPlane, normal: FloatArray, config: GroundPlaneScaleConfig) -> bool:
+    """Whether the near and the far half alone lie as far below: what stands upright in the way moves otherwise."""
+    drop = road.rays @ normal
+    is_near = drop > np.median(drop)
+    halves = [
+        _aligned(_selected(road, rows), found.normal / found.distance, normal, config) for rows in (is_near, ~is_near)
+    ]
+    if halves[0] is None or halves[1] is None:
+        return False
+    return abs(math.log(halves[0].distance / halves[1].distance)) < config.max_disagreement
 
 
 def prior_normal(config: GroundPlaneScaleConfig) -> FloatArray:
@@ -104,9 +117,8 @@ def _road(
     return _Road(rays, values, np.dstack([image0, dx, dy]).astype(np.float32), camera, T_earlier_current)
 
 
-def _thinned(road: _Road, num_pixels: int) -> _Road:
-    step = max(1, len(road.rays) // num_pixels)
-    return _Road(road.rays[::step], road.values[::step], road.earlier, road.camera, road.T_earlier_current)
+def _selected(road: _Road, rows: NDArray[np.bool_] | slice) -> _Road:
+    return _Road(road.rays[rows], road.values[rows], road.earlier, road.camera, road.T_earlier_current)
 
 
 def _road_rays(camera: Camera, config: GroundPlaneScaleConfig) -> tuple[FloatArray, NDArray[np.int64]]:
@@ -160,6 +172,8 @@ def _correlation(road: _Road, plane: FloatArray) -> float:
 def _best_candidate(road: _Road, normal: FloatArray, config: GroundPlaneScaleConfig) -> FloatArray | None:
     """The plane, as normal / distance, with the best correlation among distances that move the road by 1 to 60 px."""
     travel = float(np.linalg.norm(road.T_earlier_current[:3, 3]))
+    if travel == 0:
+        return None
     still, _ = _landing(road, np.zeros(3))
     moved, points = _landing(road, normal / (1000.0 * travel))
     ahead = points[:, 2] > 0
@@ -169,7 +183,7 @@ def _best_candidate(road: _Road, normal: FloatArray, config: GroundPlaneScaleCon
     # flow_px: of a camera one `travel` above the ground; the flow goes with 1 / distance.
     flows = np.geomspace(config.min_flow_px, config.max_flow_px, _NUM_CANDIDATES)
     planes = [normal / (travel * flow_px / flow) for flow in flows]
-    coarse = _thinned(road, _MAX_PIXELS // 4)
+    coarse = _selected(road, slice(None, None, 4))
     scores = [_correlation(coarse, plane) for plane in planes]
     best = int(np.argmax(scores))
     return planes[best] if scores[best] > 0 else None
