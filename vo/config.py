@@ -124,7 +124,9 @@ class GroundPlaneScaleConfig(_MetricScaleConfig):
     min_ahead: float = setting(3.0, minimum=0.0, maximum=1000.0, help="nearest ground used, camera heights")
     max_ahead: float = setting(8.0, minimum=0.1, maximum=1000.0, help="farthest ground used, camera heights")
     max_side: float = setting(1.0, minimum=0.1, maximum=100.0, help="farthest ground to the sides, camera heights")
-    min_pixels: int = setting(1000, minimum=100, maximum=1_000_000, help="of the ground in both images")
+    min_pixels: int = setting(
+        1000, minimum=100, maximum=1_000_000, help="of the ground, every second by row and column"
+    )
     min_flow_px: float = setting(3.0, minimum=0.1, maximum=1000.0, help="motion of the ground, at least, px")
     max_flow_px: float = setting(80.0, minimum=1.0, maximum=10_000.0, help="motion of the ground, at most, px")
     min_correlation: float = setting(0.6, minimum=-1.0, maximum=1.0, help="of the two images of the ground")

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from vo.config import GroundPlaneScaleConfig
 from vo.geometry import homogeneous, project, undistort
-from vo.types import Camera, FloatArray
+from vo.types import Camera, CameraModel, FloatArray
 
 _BLUR_PX = 1.0
+_PIXEL_STEP = 2
 _MAX_PIXELS = 5000
 _NUM_CANDIDATES = 40
 _ITERATIONS = 12
@@ -123,7 +124,7 @@ def _selected(road: _Road, rows: NDArray[np.bool_] | slice) -> _Road:
 
 def _road_rays(camera: Camera, config: GroundPlaneScaleConfig) -> tuple[FloatArray, NDArray[np.int64]]:
     """Rays (P, 3) with z = 1 and pixels (P, 2) of the road between the configured distances, in camera heights."""
-    xs, ys = np.meshgrid(np.arange(camera.width), np.arange(camera.height))
+    xs, ys = np.meshgrid(np.arange(0, camera.width, _PIXEL_STEP), np.arange(0, camera.height, _PIXEL_STEP))
     pixels = np.stack([xs.ravel(), ys.ravel()], axis=1)
     pixels = pixels[pixels[:, 1] > camera.K[1, 2]]
     rays = homogeneous(undistort(pixels.astype(np.float64), camera))
@@ -145,6 +146,9 @@ def _landing(road: _Road, plane: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Where the road's pixels land in the earlier image, (P, 2) px, and their points there (P, 3), up to depth."""
     R, t = road.T_earlier_current[:3, :3], road.T_earlier_current[:3, 3]
     points = road.rays @ R.T + np.outer(road.rays @ plane, t)
+    if road.camera.model is CameraModel.PINHOLE:  # cv2.projectPoints would take most of the time here
+        K, z = road.camera.K, np.where(np.abs(points[:, 2:]) > 1e-9, points[:, 2:], 1e-9)
+        return points[:, :2] / z @ K[:2, :2].T + K[:2, 2], points
     return project(points, road.camera), points
 
 
