@@ -167,12 +167,14 @@ class Mapper:
         """Takes a pose or a correction. Raises ConfigError for poses without a metric scale."""
         segment_id = self.graph.segment_id
         if isinstance(body, PoseEstimate):
-            if body.T_world_camera is not None and body.scale_source == "relative":
+            self._last_heard = max(self._last_heard, body.frame_index)
+            if body.T_world_camera is None or body.status is TrackingStatus.INITIALIZING:
+                return  # such a pose is lost, or knows its rotation only
+            if body.scale_source == "relative":
                 raise ConfigError(
                     "the poses have no metric scale, and depth does: vo run ... --set odometry.scale.name=depth"
                 )
             self.graph.add(body)
-            self._last_heard = max(self._last_heard, body.frame_index)
         elif isinstance(body, KeyframeUpdate):
             self.graph.correct(body)
         if self.graph.segment_id != segment_id:
@@ -334,6 +336,7 @@ def run(options: argparse.Namespace) -> int:
         stride=options.stride,
         max_frames=options.max_frames,
         max_shift_m=options.max_shift_m,
+        settled_after=options.settled_after,
     )
     images = DepthImages(options.source, mapping)
     mapper = Mapper(images, mapping)
@@ -370,6 +373,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=1, help="fuse every so many frames")
     parser.add_argument("--max-frames", type=int, help="the first so many frames only")
     parser.add_argument("--max-shift-m", type=float, default=0.01, help="correction that builds the volume anew")
+    parser.add_argument(
+        "--settled-after", type=int, default=12, help="keyframes to wait for before a frame is fused (%(default)s)"
+    )
     parser.add_argument("--timeout-s", type=float, default=60.0, help="end after so long without a message")
     options = parser.parse_args()
     if options.stride < 1 or options.voxel_m <= 0 or options.max_depth_m <= 0:
