@@ -29,10 +29,9 @@ from numpy.typing import NDArray
 
 from vo.client import Client
 from vo.endpoints import DEFAULT_ENDPOINT
-from vo.geometry import invert_pose
+from vo.geometry import invert_pose, make_pose
 from vo.message_types import KeyframeUpdate, Topic
 from vo.output import OutputError
-from vo.scene_truth import align
 from vo.sources import open_source
 from vo.trajectory import Trajectory, read_trajectory
 from vo.types import (
@@ -294,7 +293,7 @@ def distance(mesh: o3d.t.geometry.TriangleMesh, true_mesh: o3d.t.geometry.Triang
 def compare_with_truth(
     mapper: Mapper, mesh: o3d.t.geometry.TriangleMesh, images: DepthImages, truth: Trajectory, options: MappingOptions
 ) -> MeshDistance:
-    """The mesh against that of the same depth images at their true poses, after aligning the paths without scale."""
+    """The mesh against that of the same depth images at their true poses, both worlds laid onto each other rigidly."""
     estimates, true_poses = [], []
     for frame in images.frames():
         T, T_true = mapper.graph.pose(frame.index), pose_at(truth, frame)
@@ -303,11 +302,21 @@ def compare_with_truth(
             true_poses.append(T_true)
     if not estimates:
         raise SourceError(f"{truth.name}: no pose at the time of a frame")
-    T_world_truth = align(
-        np.array(estimates), np.array(true_poses), has_scale=False, has_orientations=truth.is_of_camera
-    ).T_world_truth
+    T_world_truth = between_worlds(np.array(estimates), np.array(true_poses))
     moved_truth = replace(truth, T_world_camera=T_world_truth @ truth.T_world_camera)
     return distance(mesh, map_trajectory(images, moved_truth, options).mesh())
+
+
+def between_worlds(T_world_camera: FloatArray, T_truth_camera: FloatArray) -> FloatArray:
+    """(4, 4) rigid T_world_truth from the poses (N, 4, 4) of the same frames in both worlds.
+
+    The rotation is the mean over the orientations: what is seen is farther away than the path is long, and a rotation
+    from positions would amplify their errors.
+    """
+    turns = np.einsum("nij,nkj->ik", T_world_camera[:, :3, :3], T_truth_camera[:, :3, :3])
+    U, _, Vt = np.linalg.svd(turns)
+    R = U @ np.diag([1.0, 1.0, np.linalg.det(U @ Vt)]) @ Vt
+    return make_pose(R, (T_world_camera[:, :3, 3] - T_truth_camera[:, :3, 3] @ R.T).mean(axis=0))
 
 
 def graph_of(trajectory: Trajectory, images: DepthImages, mapper: Mapper) -> None:
