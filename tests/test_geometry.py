@@ -716,3 +716,33 @@ def test_so_few_inliers_that_the_noise_cannot_be_told_leave_the_pose_as_it_was_f
         assert not isinstance(relative, RelativePose) or relative.inliers.sum() >= 6
     relative = estimate_relative_pose(rays0[:12], rays1[:12], FOCAL_PX, config)
     assert isinstance(relative, RelativePose) and relative.covariance.any()
+
+
+def test_six_inliers_are_enough_to_refine():
+    found = []
+    for seed in range(12):
+        _, _, rays0, rays1 = scene(seed, 6, noise_px=0.05)
+        relative = estimate_relative_pose(rays0, rays1, FOCAL_PX, TwoViewConfig(min_inliers=6))
+        found += [relative] if isinstance(relative, RelativePose) else []
+    assert len(found) >= 3
+    assert all(relative.inliers.all() and relative.covariance.any() for relative in found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_absolute_pose_among_more_wrong_than_right_landmarks(seed):
+    T, points, _, rays1 = scene(seed, 300, noise_px=0.3)
+    rng = np.random.default_rng(seed)
+    # Far off, and all to one side: what takes them for right is far from the truth.
+    rays1[:180] += rng.uniform([0.3, 0.1], [0.9, 0.5], (180, 2))
+    pose = estimate_absolute_pose(points, rays1, FOCAL_PX, 2.0, 60)
+    assert isinstance(pose, AbsolutePose)
+    np.testing.assert_allclose(pose.T_world_camera, T, atol=2e-2)
+    assert pose.inliers[180:].mean() > 0.95 and pose.inliers[:180].mean() < 0.1
+
+
+def test_damping_that_grows_at_once_still_gets_there_in_few_steps():
+    """From a start that is nearly right, the steps are those of Gauss-Newton: three of them square the error away."""
+    T, points, _, rays1 = scene(num_points=100)
+    start = T @ exp_se3(np.array([0.05, -0.04, 0.06, 0.004, -0.006, 0.005]))
+    pose = refine_absolute_pose(start, points, rays1, FOCAL_PX, 60.0, 6)
+    np.testing.assert_allclose(pose.T_world_camera, T, atol=1e-7)
