@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help demo test guard lint format install install-dev check-python clean
+.PHONY: help demo test coverage guard lint format install install-dev check-python clean
 
 help:
 	@echo "make demo     install into $(VENV), replay the bundled clip, evaluate it, write out/demo/"
 	@echo "make test     install the development tools, run the tests"
+	@echo "make coverage run the tests and demand 85 % of the lines of vo and frontends"
 	@echo "make guard    hold accuracy, losses and relative speed to benchmarks/bands.yaml"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff format and fix what it can"
@@ -20,6 +21,9 @@ demo: install
 
 test: install-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+coverage: install-dev
+	$(BIN)/python -m pytest --cov=vo --cov=frontends --cov-report=term:skip-covered --cov-fail-under=85 $(PYTEST_ARGS)
 
 guard: install-dev
 	$(BIN)/python tools/regression_guard.py
