@@ -42,7 +42,7 @@ LAYERS = (
         "vo.publisher",
         "vo.client",
         "vo.keys_command",
-        "vo.recorder",
+        "vo.recorder", "vo.refined",
         "vo.frontend",
         "vo.mcap_recorder",
         "vo.replay",

@@ -53,6 +53,7 @@ SUMMARY = RunSummary(
     mean_inliers=400.0,
     mean_stop_layer=None,
     scale_source="relative",
+    radial_distortion=0.0,
     device="cpu",
     versions=(("python", "3.11.2"), ("torch", "2.13.0")),
     weights=(UsedWeights("aliked-t16", "ab" * 32),),

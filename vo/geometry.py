@@ -527,8 +527,8 @@ def _pose_system(
     residual = (projected - rays) * focal_px
     weights = 1.0 / (1.0 + (residual**2).sum(1) / kernel_px**2) * (depth > 0)
     jacobian = reprojection_jacobians(T, points_world)[0] * focal_px
-    weighted = jacobian * weights[:, None, None]
-    return np.einsum("nij,nik->jk", weighted, jacobian), np.einsum("nij,ni->j", weighted, residual)
+    weighted = (jacobian * weights[:, None, None]).reshape(-1, 6)
+    return weighted.T @ jacobian.reshape(-1, 6), weighted.T @ residual.ravel()
 
 
 def _as_absolute_pose(
@@ -553,19 +553,24 @@ def estimate_absolute_pose(
     """Camera pose from landmarks (N, 3) and their rays (N, 2) without a first guess: P3P RANSAC, then refinement."""
     if len(points_world) < max(min_inliers, 6):
         return Rejection.TOO_FEW_MATCHES
+    # In units of their own spread: OpenCV takes points that lie close together, as a map's unit may have it, for one.
+    center = np.median(points_world, axis=0)
+    spread = max(float(np.median(np.abs(points_world - center))), 1e-300)
     found, rotation_vector, translation, _ = cv2.solvePnPRansac(
-        np.ascontiguousarray(points_world),
+        np.ascontiguousarray((points_world - center) / spread),
         np.ascontiguousarray(rays),
         np.eye(3),
         None,
         iterationsCount=500,
         reprojectionError=threshold_px / focal_px,
         confidence=0.999,
-        flags=cv2.SOLVEPNP_SQPNP,
+        flags=cv2.SOLVEPNP_AP3P,
     )
     if not found:
         return Rejection.TOO_FEW_INLIERS
     rotation_vector, translation = (np.asarray(v, dtype=np.float64).ravel() for v in (rotation_vector, translation))
-    T_camera_world = make_pose(exp_so3(rotation_vector), translation)
-    pose = refine_absolute_pose(invert_pose(T_camera_world), points_world, rays, focal_px, threshold_px)
+    R = exp_so3(rotation_vector)
+    pose = refine_absolute_pose(
+        invert_pose(make_pose(R, spread * translation - R @ center)), points_world, rays, focal_px, threshold_px
+    )
     return pose if pose.inliers.sum() >= min_inliers else Rejection.TOO_FEW_INLIERS

@@ -9,12 +9,14 @@ RELOCALIZED   the first frame found again in the same map.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
+from vo.bundle import WindowSolution, corrected_rays
 from vo.config import OdometryConfig, TwoViewConfig
 from vo.geometry import (
     AbsolutePose,
@@ -28,6 +30,7 @@ from vo.geometry import (
     ray_depths,
     refine_absolute_pose,
     reproject,
+    rotation_angle,
     sampson_distance,
     transform,
     translation_scale,
@@ -45,7 +48,7 @@ from vo.types import (
     RelativePose,
     TrackingStatus,
 )
-from vo.window import View, Window, shared_rows
+from vo.window import View, Window, WindowChange, WindowJob, shared_rows
 
 IntArray = NDArray[np.int64]
 MatchFunction = Callable[[Features, Features], Matches]
@@ -87,13 +90,32 @@ class _Posed:
     wrong_rows: IntArray
 
 
-class Odometry:
-    """Visual odometry of one camera.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Refinement:
+    """A window under way, and the number of the step that began it."""
 
-    match: called with the features of two frames, older first; decides nothing but correspondence.
+    job: WindowJob
+    solution: Future[WindowSolution]
+    begun_at: int
+
+
+class Odometry:
+    """Visual odometry of one camera. The window is refined on a thread of its own; `close` ends it.
+
+    match             called with the features of two frames, older first; decides nothing but correspondence.
+    waits_for_window  takes a refinement in `window_lag_frames` after its keyframe, and waits for it if need be, so that
+                      the same frames give the same poses; otherwise as soon as it is there, and no pose ever waits.
     """
 
-    def __init__(self, camera: Camera, config: OdometryConfig, two_view: TwoViewConfig, match: MatchFunction) -> None:
+    def __init__(
+        self,
+        camera: Camera,
+        config: OdometryConfig,
+        two_view: TwoViewConfig,
+        match: MatchFunction,
+        *,
+        waits_for_window: bool = True,
+    ) -> None:
         self._camera = camera
         self._config = config
         self._two_view = two_view
@@ -106,7 +128,34 @@ class Odometry:
         self._last_motion = np.eye(4)
         self._num_lost = 0
         self._segment_id = 0
+        self._num_steps = 0
+        self._scale_source = "relative"
+        self._waits_for_window = waits_for_window
         self._window_is_stale = False
+        self._refinement: _Refinement | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="window")
+
+    def close(self) -> None:
+        """Ends the window's thread; safe to call twice."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def finish(self) -> MapUpdate | None:
+        """Refines what the last keyframes left to refine; None if there is nothing. No step may follow."""
+        if self._previous is None:
+            return None
+        self._waits_for_window, self._window_is_stale = True, True
+        update = None
+        for _ in range(2):
+            self._num_steps += self._config.window_lag_frames
+            update = self._take_in_refinement(self._previous.frame_index, self._previous.timestamp_ns) or update
+            self._begin_refinement()
+        self._num_steps += self._config.window_lag_frames
+        return self._take_in_refinement(self._previous.frame_index, self._previous.timestamp_ns) or update
+
+    @property
+    def radial_distortion(self) -> float:
+        """The radial distortion found beyond the calibration: a ray of length r is the ray times 1 - kappa r^2."""
+        return self._window.radial.mean
 
     @property
     def tracks(self) -> TrackTable:
@@ -119,11 +168,22 @@ class Odometry:
 
     def step(self, frame: Frame, features: Features) -> OdometryStep:
         """Poses the next frame. Expected failures come back as status and rejection, never as an exception."""
-        self._refine_window()
+        self._num_steps += 1
+        map_update = self._take_in_refinement(frame.index, frame.timestamp_ns)
+        step = self._step(self._as_view(frame, features))
+        self._begin_refinement()
+        return replace(step, map_update=map_update)
+
+    def _as_view(self, frame: Frame, features: Features) -> View:
         keypoints = features.valid_keypoints()
         untracked = np.full(len(keypoints), -1, np.int64)
-        rays = undistort(keypoints, self._camera)
-        view = View(frame.index, frame.timestamp_ns, features, keypoints, rays, untracked, np.eye(4))
+        nominal = undistort(keypoints, self._camera)
+        rays = corrected_rays(nominal, self._window.radial.mean)
+        colors = _colors_at(frame.image, keypoints)
+        return View(frame.index, frame.timestamp_ns, features, keypoints, colors, nominal, rays, untracked, np.eye(4))
+
+    def _step(self, view: View) -> OdometryStep:
+        keypoints, features = view.keypoints, view.features
         if self._previous is None:
             return self._begin(view)
         if len(keypoints) < self._config.min_matches:
@@ -131,11 +191,11 @@ class Odometry:
         matches = self._match(self._previous.features, features)
         if len(matches) < self._config.min_matches:
             return self._recover(view, matches, Rejection.TOO_FEW_MATCHES)
-        motion = self._relative_motion(view, matches)
-        view.track_ids[motion.pairs[:, 1]] = self._previous.track_ids[motion.pairs[:, 0]]
         if self._status is TrackingStatus.INITIALIZING:
+            motion = self._relative_motion(view, matches)
+            self._extend(view, self._previous, motion.pairs)
             return self._initialize(view, matches, motion)
-        return self._follow(view, matches, motion)
+        return self._follow(view, self._previous, matches)
 
     # --- the first map ----------------------------------------------------------------------------------------------
 
@@ -154,12 +214,25 @@ class Odometry:
         """Starts the map once the first keyframe and this frame see enough tracks under enough parallax."""
         origin = self._window.keyframes[0]
         rows0, rows1 = shared_rows(origin.track_ids, view.track_ids)
+        if len(rows0) < len(motion.pairs) / 2:
+            self._rematch(origin, view)
+            rows0, rows1 = shared_rows(origin.track_ids, view.track_ids)
         relative = estimate_relative_pose(origin.rays[rows0], view.rays[rows1], self._camera.focal_px, self._two_view)
-        if isinstance(relative, RelativePose) and relative.parallax_rad > np.deg2rad(self._config.init_parallax_deg):
+        # Where the first keyframe is going out of sight a short baseline is better than none.
+        is_leaving = len(rows0) < len(origin.keypoints) / 3
+        enough_deg = self._config.init_parallax_deg * (0.4 if is_leaving else 1.0)
+        if isinstance(relative, RelativePose) and relative.parallax_rad > np.deg2rad(enough_deg):
             step = self._try_first_map(view, matches, relative, rows0, rows1)
             if step is not None:
                 return step
         return self._await_parallax(view, matches, motion, relative, rows0, rows1)
+
+    def _rematch(self, origin: View, view: View) -> None:
+        """Finds tracks of the first keyframe again that were lost on the way, by matching to it."""
+        pairs = self._match(origin.features, view.features).indices
+        ids = origin.track_ids[pairs[:, 0]]
+        is_open = (ids >= 0) & ~np.isin(ids, view.track_ids)
+        view.track_ids[pairs[is_open, 1]] = ids[is_open]
 
     def _try_first_map(
         self, view: View, matches: Matches, relative: RelativePose, rows0: IntArray, rows1: IntArray
@@ -247,11 +320,19 @@ class Odometry:
             keep = parallax(rays0, rays1, R) < 3 * threshold
         return _Motion(matches.indices[keep], make_pose(R, np.zeros(3)), relative)
 
-    def _follow(self, view: View, matches: Matches, motion: _Motion) -> OdometryStep:
-        """Poses a frame against the landmarks its tracks carry."""
-        points, has_landmark = self._tracks.landmarks(view.track_ids)
-        rows = np.flatnonzero(has_landmark)
-        posed = self._pose_by_landmarks(view, motion, points[rows], rows)
+    def _extend(self, view: View, previous: View, pairs: IntArray) -> None:
+        """Lets the features of `view` go on with the tracks of the features (M, 2) they are paired with."""
+        view.track_ids[:] = -1
+        view.track_ids[pairs[:, 1]] = previous.track_ids[pairs[:, 0]]
+
+    def _follow(self, view: View, previous: View, matches: Matches) -> OdometryStep:
+        """Poses a frame against the landmarks its tracks carry: from the last motion, else from two-view geometry."""
+        self._extend(view, previous, matches.indices)
+        posed: _Posed | Rejection | None = self._pose_by_prior(view, previous, matches)
+        if posed is None:
+            motion = self._relative_motion(view, matches)
+            self._extend(view, previous, motion.pairs)
+            posed = self._pose_by_motion(view, motion)
         if isinstance(posed, Rejection):
             return self._recover(view, matches, posed)
         view.T_world_camera = posed.pose.T_world_camera
@@ -264,6 +345,7 @@ class Odometry:
         self._observe(view)
         is_keyframe = not is_stationary and self._needs_keyframe(view, posed.num_inliers)
         if is_keyframe:
+            self._revisit(view)
             self._window.add(view, self._tracks)
             self._window_is_stale = True
         self._accept(view, is_moving=not is_stationary)
@@ -324,9 +406,41 @@ class Odometry:
         view.track_ids[rows1[agrees]] = ids[agrees]
         return int(agrees.sum())
 
-    def _pose_by_landmarks(self, view: View, motion: _Motion, points: FloatArray, rows: IntArray) -> _Posed | Rejection:
+    def _pose_by_prior(self, view: View, previous: View, matches: Matches) -> _Posed | None:
+        """Refines constant velocity or standing still; None unless a clear majority of the landmarks agrees.
+
+        The pose then judges the matches without a landmark, which saves the essential matrix in most frames.
+        """
+        points, has_landmark = self._tracks.landmarks(view.track_ids)
+        rows = np.flatnonzero(has_landmark)
+        if len(rows) < 2 * self._config.min_inliers:
+            return None
+        points, rays = points[rows], view.rays[rows]
+        guesses = [previous.T_world_camera @ self._last_motion, previous.T_world_camera]
+        guess = min(guesses, key=lambda T: _median_error(T, points, rays))
+        pose = refine_absolute_pose(guess, points, rays, self._camera.focal_px, self._config.pose_threshold_px)
+        num_inliers = int(pose.inliers.sum())
+        if num_inliers < max(2 * self._config.min_inliers, self._config.prior_inlier_ratio * len(rows)):
+            return None
+        bare = ~has_landmark[matches.indices[:, 1]]
+        rows0, rows1 = matches.indices[bare, 0], matches.indices[bare, 1]
+        T_previous_current = invert_pose(previous.T_world_camera) @ pose.T_world_camera
+        agrees = self._agrees(T_previous_current, previous.rays[rows0], view.rays[rows1])
+        return _Posed(pose, num_inliers, np.concatenate([rows[~pose.inliers], rows1[~agrees]]))
+
+    def _agrees(self, T_camera0_camera1: FloatArray, rays0: FloatArray, rays1: FloatArray) -> NDArray[np.bool_]:
+        """Whether matches (M,) fit a relative pose: near the epipolar line, or where the rotation alone takes them."""
+        threshold = 2 * self._two_view.threshold_px / self._camera.focal_px
+        agrees = parallax(rays0, rays1, T_camera0_camera1[:3, :3]) < threshold
+        if np.linalg.norm(T_camera0_camera1[:3, 3]) > 0:
+            agrees |= np.abs(sampson_distance(essential_matrix(T_camera0_camera1), rays0, rays1)) < threshold
+        return agrees
+
+    def _pose_by_motion(self, view: View, motion: _Motion) -> _Posed | Rejection:
         """Refines the best of several guesses; without a good one, poses from scratch."""
-        rays, focal_px = view.rays[rows], self._camera.focal_px
+        points, has_landmark = self._tracks.landmarks(view.track_ids)
+        rows = np.flatnonzero(has_landmark)
+        points, rays, focal_px = points[rows], view.rays[rows], self._camera.focal_px
         threshold_px, min_inliers = self._config.pose_threshold_px, self._config.min_inliers
         if len(rows) < min_inliers:
             return Rejection.TOO_FEW_MATCHES
@@ -371,20 +485,112 @@ class Odometry:
         return len(shifts) > 0 and bool(np.quantile(shifts, 0.75) < self._config.stationary_px)
 
     def _needs_keyframe(self, view: View, num_inliers: int) -> bool:
+        """Whether there is something new to triangulate from here, or the last keyframe is going out of sight.
+
+        Keyframes closer together than that only shorten the window's reach, and with it the hold on the scale.
+        """
         newest = self._window.keyframes[-1]
         rows0, rows1 = shared_rows(newest.track_ids, view.track_ids)
-        num_before = int(self._tracks.landmarks(newest.track_ids)[1].sum())
-        if len(rows0) < self._config.min_matches or num_inliers < self._config.keyframe_landmark_ratio * num_before:
+        if len(rows0) < self._config.min_matches or num_inliers < 2 * self._config.min_inliers:
             return True
-        motion_px = np.linalg.norm(newest.keypoints[rows0] - view.keypoints[rows1], axis=1)
-        return bool(np.median(motion_px) > self._config.keyframe_motion_px)
+        R_newest_view = newest.T_world_camera[:3, :3].T @ view.T_world_camera[:3, :3]
+        moved = parallax(newest.rays[rows0], view.rays[rows1], R_newest_view)
+        parallax_px = float(np.median(moved)) * self._camera.focal_px
+        num_before = int(self._tracks.landmarks(newest.track_ids)[1].sum())
+        is_fading = num_inliers < self._config.keyframe_landmark_ratio * num_before
+        return bool(
+            parallax_px > self._config.keyframe_parallax_px
+            or (is_fading and parallax_px > self._config.keyframe_parallax_px / 4)
+            or rotation_angle(R_newest_view) > np.deg2rad(self._config.keyframe_rotation_deg)
+        )
 
-    def _refine_window(self) -> None:
-        """Bundle adjustment of the last keyframe's window, put off until its pose is out of the house."""
-        if not self._window_is_stale:
+    # --- the window, beside the frames ------------------------------------------------------------------------------
+
+    def _begin_refinement(self) -> None:
+        """Hands the window to its thread, unless that is still busy: then the next step tries again."""
+        if not self._window_is_stale or self._refinement is not None:
             return
         self._window_is_stale = False
-        self._window.refine(self._tracks)
+        job = self._window.job(self._tracks)
+        if job is not None:
+            self._refinement = _Refinement(job, self._worker.submit(job.solve), self._num_steps)
+
+    def _take_in_refinement(self, frame_index: int, timestamp_ns: int) -> MapUpdate | None:
+        """Moves keyframes, landmarks and the views in hand to where the refinement puts them, once it is due."""
+        refinement = self._refinement
+        if refinement is None:
+            return None
+        lag = self._num_steps - refinement.begun_at
+        if lag < self._config.window_lag_frames if self._waits_for_window else not refinement.solution.done():
+            return None
+        self._refinement = None
+        change = self._window.apply(refinement.job, refinement.solution.result(), self._tracks)
+        kappa = self._window.radial.mean
+        for view in self._views_in_hand(refinement.job):
+            view.T_world_camera = change.correction @ view.T_world_camera
+            view.rays = corrected_rays(view.nominal_rays, kappa)
+        return self._map_update(frame_index, timestamp_ns, change)
+
+    def _views_in_hand(self, job: WindowJob) -> list[View]:
+        """The views that are kept without being keyframes."""
+        placed = {id(view) for view in (*job.views, *self._window.keyframes, *self._window.older)}
+        held = {id(view): view for view in (self._previous, self._still_reference) if view is not None}
+        return [view for key, view in held.items() if key not in placed]
+
+    def _map_update(self, frame_index: int, timestamp_ns: int, change: WindowChange) -> MapUpdate:
+        points, _ = self._tracks.landmarks(change.landmark_ids)
+        return MapUpdate(
+            frame_index=frame_index,
+            timestamp_ns=timestamp_ns,
+            segment_id=self._segment_id,
+            scale_source=self._scale_source,
+            keyframe_indices=np.array([view.frame_index for view in change.views], np.int64),
+            keyframe_timestamps_ns=np.array([view.timestamp_ns for view in change.views], np.int64),
+            T_world_keyframes=np.stack([view.T_world_camera for view in change.views]),
+            landmark_ids=change.landmark_ids.copy(),
+            landmarks=points,
+            landmark_colors=self._tracks.colors(change.landmark_ids),
+            removed_landmark_ids=change.removed_ids.copy(),
+        )
+
+    def _revisit(self, view: View) -> None:
+        """Ties a new keyframe to an older one whose landmarks come into sight again, so that drift stays small.
+
+        A landmark that was triangulated anew meanwhile becomes one with the old one; the window then moves to fit.
+        """
+        keyframe = self._window.older_view_of(view, self._tracks)
+        if keyframe is None:
+            return
+        matches = self._match(keyframe.features, view.features)
+        rows0, rows1 = matches.indices[:, 0], matches.indices[:, 1]
+        points, known = self._tracks.landmarks(keyframe.track_ids[rows0])
+        rows0, rows1, points = rows0[known], rows1[known], points[known]
+        min_inliers = 2 * self._config.min_inliers
+        focal_px, threshold_px = self._camera.focal_px, self._config.pose_threshold_px
+        pose = estimate_absolute_pose(points, view.rays[rows1], focal_px, threshold_px, min_inliers)
+        if isinstance(pose, Rejection) or pose.inliers.sum() < 0.5 * len(points):
+            return
+        rows0, rows1 = rows0[pose.inliers], rows1[pose.inliers]
+        self._unite(keyframe.track_ids[rows0], view, rows1)
+
+    def _unite(self, old_ids: IntArray, view: View, rows: IntArray) -> None:
+        """Gives features (N,) of `view`, and all that belongs to their tracks, the tracks they turned out to be."""
+        fresh = ~np.isin(old_ids, view.track_ids)
+        old_ids, rows = old_ids[fresh], rows[fresh]
+        new_ids = view.track_ids[rows]
+        view.track_ids[rows] = old_ids
+        order = np.argsort(new_ids)
+        new_ids, old_ids = new_ids[order], old_ids[order]
+        started = new_ids >= 0
+        new_ids, old_ids = new_ids[started], old_ids[started]
+        if len(new_ids) == 0:
+            return
+        for other in (*self._window.keyframes, *self._window.older):
+            at = np.minimum(np.searchsorted(new_ids, other.track_ids), len(new_ids) - 1)
+            renamed = (new_ids[at] == other.track_ids) & ~np.isin(old_ids[at], other.track_ids)
+            other.track_ids[renamed] = old_ids[at[renamed]]
+        _, had_landmark = self._tracks.landmarks(new_ids)
+        self._tracks.drop_landmarks(new_ids[had_landmark])
 
     # --- loss and recovery ------------------------------------------------------------------------------------------
 
@@ -439,6 +645,7 @@ class Odometry:
         self._segment_id += 1
         self._window.clear()
         self._window_is_stale = False
+        self._refinement = None
         self._last_motion = np.eye(4)
         view.T_world_camera = np.eye(4)
         view.track_ids[:] = -1
@@ -452,9 +659,9 @@ class Odometry:
 
     def _observe(self, view: View) -> None:
         """Enters the frame into the track table; what has no track yet begins one."""
-        view.track_ids = self._tracks.observe(view.frame_index, view.track_ids, view.keypoints).copy()
-        previous_ids = np.zeros(0, np.int64) if self._previous is None else self._previous.track_ids
-        self._tracks.prune(np.concatenate([self._window.seen_ids(), previous_ids, view.track_ids]))
+        view.track_ids = self._tracks.observe(view.frame_index, view.track_ids, view.keypoints, view.colors).copy()
+        others = [other.track_ids for other in (self._previous, self._still_reference) if other is not None]
+        self._tracks.prune(np.concatenate([self._window.seen_ids(self._tracks), *others, view.track_ids]))
 
     def _accept(self, view: View, is_moving: bool) -> None:
         """Makes the frame the one to match the next against."""
@@ -486,6 +693,7 @@ class Odometry:
             is_keyframe=is_keyframe,
             is_stationary=is_stationary,
             segment_id=self._segment_id,
+            scale_source=self._scale_source,
         )
         return OdometryStep(pose, self._tracks.frame_tracks(view.frame_index, view.timestamp_ns), matches)
 
@@ -498,6 +706,7 @@ class Odometry:
             rejection=rejection,
             num_matches=0 if matches is None else len(matches),
             segment_id=self._segment_id,
+            scale_source=self._scale_source,
         )
         empty = np.zeros(0, np.int64)
         tracks = FrameTracks(
@@ -509,6 +718,15 @@ class Odometry:
             np.zeros(0, np.bool_),
         )
         return OdometryStep(pose, tracks, matches)
+
+
+def _colors_at(image: NDArray[np.uint8], keypoints: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """RGB (N, 3) of the pixels nearest to the keypoints (N, 2)."""
+    height, width = image.shape[:2]
+    columns = np.clip(np.rint(keypoints[:, 0]), 0, width - 1).astype(np.int64)
+    rows = np.clip(np.rint(keypoints[:, 1]), 0, height - 1).astype(np.int64)
+    values = image[rows, columns]
+    return np.repeat(values[:, None], 3, axis=1) if values.ndim == 1 else values
 
 
 def _regional_shifts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -15,6 +15,7 @@ from vo.run_meter import RunMeter
 from vo.sources import Source
 from vo.stages import Sink, StageOptions, Stages
 from vo.summary import RunSummary
+from vo.types import MapUpdate
 
 
 def run(
@@ -28,6 +29,7 @@ def run(
     max_frames: int | None = None,
     stop: threading.Event | None = None,
     meter: RunMeter | None = None,
+    on_last_map: Callable[[MapUpdate], None] | None = None,
 ) -> RunSummary:
     """Runs every frame of the source, in order, and closes it.
 
@@ -38,22 +40,30 @@ def run(
     max_frames  ends the run early.
     stop        ends the run when it is set: what has been computed still reaches the sinks.
     meter       counts the run; a caller's own can be read when the run fails.
+    on_last_map is called with what the window still corrected after the last frame.
 
     Raises what a stage raised, after all of them have ended.
     """
     meter, stop = meter or RunMeter(), stop or threading.Event()
     match = meter.timed_match(frontend.matcher.match)
-    odometry = Odometry(source.camera, config.odometry, config.two_view, match)
+    is_lossy = drops_oldest(config, source, is_paced)
+    odometry = Odometry(source.camera, config.odometry, config.two_view, match, waits_for_window=not is_lossy)
     stages = Stages(source, lambda frame: frontend.extractor.extract(frame.image), odometry.step, sinks, meter, stop)
-    stages.run(
-        StageOptions(
-            is_threaded=config.pipeline.threaded if threaded is None else threaded,
-            drops_oldest=drops_oldest(config, source, is_paced),
-            channel_capacity=config.pipeline.channel_capacity,
-            is_paced=is_paced and not source.is_live,
-            max_frames=max_frames,
-        )
+    options = StageOptions(
+        is_threaded=config.pipeline.threaded if threaded is None else threaded,
+        drops_oldest=is_lossy,
+        channel_capacity=config.pipeline.channel_capacity,
+        is_paced=is_paced and not source.is_live,
+        max_frames=max_frames,
     )
+    try:
+        stages.run(options)
+    finally:
+        meter.radial_distortion = odometry.radial_distortion
+        last_update = odometry.finish()
+        odometry.close()
+        if last_update is not None and on_last_map is not None:
+            on_last_map(last_update)
     return summarise(meter, source, frontend, is_interrupted=stop.is_set())
 
 

@@ -19,12 +19,13 @@ from vo.preview import ImagePreview
 from vo.progress import Advance, progress
 from vo.publisher import Publisher
 from vo.recorder import Recorder
+from vo.refined import RefinedTrajectory
 from vo.run_files import RunFiles, WantedFiles, tracks_directory, write_run_camera
 from vo.run_meter import RunMeter
 from vo.run_report import PoseLog, report
 from vo.sources import Source, open_source
 from vo.stages import FrameResult, Sink
-from vo.types import WeightsError
+from vo.types import MapUpdate, WeightsError
 from vo.viewer_process import ViewerProcess, check_viewable
 
 USER_ERROR = 2
@@ -88,7 +89,12 @@ def run_command(request: RunRequest) -> int:
         if recorder is not None:
             recorder.write_config(dump_config(config))
             write_run_camera(recorder.output_dir, source.camera)
-        meter, poses = RunMeter(), PoseLog()
+        meter, poses, refined = RunMeter(), PoseLog(), RefinedTrajectory()
+
+        def correct(update: MapUpdate) -> None:
+            refined.correct(update)
+            stream.publish_map(update)
+
         if viewer is not None:
             viewer.wait_until_ready()
         # Around the report too: a Ctrl-C must not cut the writing short.
@@ -102,7 +108,7 @@ def run_command(request: RunRequest) -> int:
                         source,
                         frontend,
                         (
-                            *sinks(stream, image_preview(config.publisher), recorder, poses, meter, advance),
+                            *sinks(stream, image_preview(config.publisher), recorder, poses, refined, meter, advance),
                             files.add,
                             lambda result: None if viewer is None else viewer.check(),
                         ),
@@ -110,9 +116,12 @@ def run_command(request: RunRequest) -> int:
                         max_frames=request.max_frames,
                         stop=stop,
                         meter=meter,
+                        on_last_map=correct,
                     )
             finally:
                 is_interrupted = stop.is_set()
+                if recorder is not None and len(refined):
+                    refined.write(recorder.output_dir)
                 report(
                     source, frontend, recorder, poses, meter, is_interrupted=is_interrupted, is_quiet=request.is_quiet
                 )
@@ -175,6 +184,7 @@ def sinks(
     preview: ImagePreview,
     recorder: Recorder | None,
     poses: PoseLog,
+    refined: RefinedTrajectory,
     meter: RunMeter,
     advance: Advance,
 ) -> tuple[Sink, ...]:
@@ -193,6 +203,9 @@ def sinks(
     def record(result: FrameResult) -> None:
         if recorder is not None:
             recorder.record(result.step.pose)
+        if result.step.map_update is not None:
+            refined.correct(result.step.map_update)
+        refined.add(result.step.pose)
         poses.add(result.step.pose)
 
     def show(result: FrameResult) -> None:

@@ -37,6 +37,7 @@ class RunMeter:
         self.num_matches = array("d")
         self.num_inliers = array("d")
         self.stop_layers = array("d")
+        self.radial_distortion = 0.0
         self._was_lost = False
         self._match_ns = 0
         self._start_ns = 0
@@ -125,6 +126,7 @@ class RunMeter:
             mean_inliers=_mean(self.num_inliers),
             mean_stop_layer=_mean(self.stop_layers),
             scale_source=self.scale_source,
+            radial_distortion=self.radial_distortion,
             device=device,
             versions=library_versions(),
             weights=weights,

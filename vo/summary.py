@@ -64,6 +64,7 @@ class RunSummary:
     mean_matches, mean_inliers     per processed frame; None without one.
     mean_stop_layer    layers the matcher ran; None where it has none.
     scale_source       unit of the translations, see `PoseEstimate`.
+    radial_distortion  found beyond the calibration: a ray of length r is the ray times 1 - kappa r^2.
     device             for example "cpu" or the name of the GPU.
     versions           (distribution, version), see `library_versions`.
     weights            every file of weights in use.
@@ -88,6 +89,7 @@ class RunSummary:
     mean_inliers: float | None
     mean_stop_layer: float | None
     scale_source: str
+    radial_distortion: float
     device: str
     versions: tuple[tuple[str, str], ...]
     weights: tuple[UsedWeights, ...]

@@ -38,6 +38,7 @@ class TrackTable:
         self._lengths: NDArray[np.int32] = np.zeros(0, np.int32)
         self._p_world: FloatArray = np.zeros((0, 3))
         self._has_landmark: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._colors: NDArray[np.uint8] = np.zeros((0, 3), np.uint8)
         self._history: deque[_Sighting] = deque(maxlen=max_history)
 
     def __len__(self) -> int:
@@ -47,8 +48,17 @@ class TrackTable:
     def num_landmarks(self) -> int:
         return int(self._has_landmark.sum())
 
-    def observe(self, frame_index: int, extended_ids: IntArray, keypoints: NDArray[np.float32]) -> IntArray:
-        """Records a frame: features (N,) extend the track they name, those with -1 begin one. Returns all ids (N,)."""
+    def observe(
+        self,
+        frame_index: int,
+        extended_ids: IntArray,
+        keypoints: NDArray[np.float32],
+        colors: NDArray[np.uint8] | None = None,
+    ) -> IntArray:
+        """Records a frame: features (N,) extend the track they name, those with -1 begin one. Returns all ids (N,).
+
+        colors (N, 3) RGB are kept for the tracks that begin; gray without them.
+        """
         track_ids = extended_ids.copy()
         born = np.flatnonzero(track_ids < 0)
         track_ids[born] = np.arange(self._next_id, self._next_id + len(born))
@@ -57,6 +67,8 @@ class TrackTable:
         self._lengths = np.concatenate([self._lengths, np.zeros(len(born), np.int32)])
         self._p_world = np.concatenate([self._p_world, np.full((len(born), 3), np.nan)])
         self._has_landmark = np.concatenate([self._has_landmark, np.zeros(len(born), np.bool_)])
+        born_colors = np.full((len(born), 3), 128, np.uint8) if colors is None else colors[born]
+        self._colors = np.concatenate([self._colors, born_colors])
         self._lengths[self._rows(track_ids)] += 1
         self._history.append(_Sighting(frame_index, track_ids, keypoints))
         return track_ids
@@ -69,6 +81,14 @@ class TrackTable:
         points[has_landmark] = self._p_world[rows[has_landmark]]
         return points, has_landmark
 
+    def colors(self, track_ids: IntArray) -> NDArray[np.uint8]:
+        """RGB (N, 3) of where each track was first seen."""
+        return self._colors[self._rows(track_ids)]
+
+    def alive(self, track_ids: IntArray) -> NDArray[np.bool_]:
+        """Whether each track (N,) is still in the table."""
+        return self._find(track_ids)[1]
+
     def set_landmarks(self, track_ids: IntArray, p_world: FloatArray) -> None:
         """Gives tracks (N,) their points (N, 3)."""
         rows = self._rows(track_ids)
@@ -79,11 +99,18 @@ class TrackTable:
         rows = self._rows(track_ids)
         self._p_world[rows], self._has_landmark[rows] = np.nan, False
 
+    def scale_landmarks(self, center: FloatArray, factor: float) -> None:
+        """Moves every landmark away from `center` (3,) by the factor: a change of the map's unit."""
+        self._p_world = center + factor * (self._p_world - center)
+
     def prune(self, kept_ids: IntArray) -> None:
         """Lets every track die that is not among `kept_ids` (any order, repeats and -1 allowed)."""
-        keep = np.isin(self._ids, kept_ids)
+        keep = np.zeros(len(self._ids), np.bool_)
+        rows, known = self._find(kept_ids)
+        keep[rows[known]] = True
         self._ids, self._lengths = self._ids[keep], self._lengths[keep]
         self._p_world, self._has_landmark = self._p_world[keep], self._has_landmark[keep]
+        self._colors = self._colors[keep]
 
     def frame_tracks(self, frame_index: int, timestamp_ns: int) -> FrameTracks:
         """The tracks of the frame observed last, for publishing."""

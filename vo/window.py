@@ -1,36 +1,77 @@
-"""The window: the last keyframes, what they see, and the refinement of both."""
+"""The map: keyframes with what they see. The newest are refined together, older ones hold them in place.
+
+Nothing here runs by itself: `job` freezes what is to be refined, `WindowJob.solve` is pure and may run anywhere, and
+`apply` takes the result in, however far the camera has gone on meanwhile.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from frontends.base import Features
-from vo.bundle import WindowProblem, WindowSolution, optimize_window
+from vo.bundle import RadialPrior, WindowProblem, WindowSolution, corrected_rays, optimize_window
 from vo.config import OdometryConfig
-from vo.geometry import reproject_each, triangulate
+from vo.geometry import invert_pose, reproject, reproject_each, rotation_angle, transform, triangulate
 from vo.tracks import TrackTable
 from vo.types import FloatArray
 
 IntArray = NDArray[np.int64]
+
+# Keyframes are thinned out where the map holds too many, but never among this many older ones next to the window.
+_NEVER_THINNED = 16
+# In px^2, the residuals' variance: turns the standard deviation of a prior into the information bundle.py expects.
+_RESIDUAL_VARIANCE = 0.1
 
 
 @dataclass(slots=True, eq=False)
 class View:
     """A posed frame: what was seen where, and from where.
 
-    keypoints (N, 2) px; rays (N, 2) the same, undistorted; track_ids (N,), -1 once an observation proved wrong.
+    keypoints (N, 2) px; colors (N, 3) RGB there; nominal_rays (N, 2) the same, undistorted by the calibration;
+    rays (N, 2) without the leftover distortion either; track_ids (N,), -1 once an observation proved wrong.
     """
 
     frame_index: int
     timestamp_ns: int
     features: Features
     keypoints: NDArray[np.float32]
+    colors: NDArray[np.uint8]
+    nominal_rays: FloatArray
     rays: FloatArray
     track_ids: IntArray
     T_world_camera: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WindowJob:
+    """A frozen window: the problem, whose views, landmarks and features (O,) it is made of, and how hard to try."""
+
+    problem: WindowProblem
+    views: tuple[View, ...]
+    point_ids: IntArray
+    rows: IntArray
+    kernel_px: float
+    max_iterations: int
+
+    def solve(self) -> WindowSolution:
+        return optimize_window(self.problem, self.kernel_px, self.max_iterations)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WindowChange:
+    """What a refinement changed: views that moved, landmarks (L,) that moved, and those (D,) that were given up.
+
+    correction (4, 4) moves everything that came after the newest view of the job.
+    """
+
+    views: tuple[View, ...]
+    landmark_ids: IntArray
+    removed_ids: IntArray
+    correction: FloatArray
 
 
 def shared_rows(ids0: IntArray, ids1: IntArray) -> tuple[IntArray, IntArray]:
@@ -41,28 +82,70 @@ def shared_rows(ids0: IntArray, ids1: IntArray) -> tuple[IntArray, IntArray]:
 
 
 class Window:
-    """Keeps up to `window_size` keyframes, oldest first, and changes their poses and landmarks only in `refine`."""
+    """Owns the keyframes: the newest `window_size` are free to move, up to `map_keyframes` older ones stay put."""
 
     def __init__(self, config: OdometryConfig, focal_px: float) -> None:
         self._config = config
         self._focal_px = focal_px
         self.keyframes: list[View] = []
+        self.older: list[View] = []
+        sigma = config.radial_sigma
+        self.radial = RadialPrior(0.0, _RESIDUAL_VARIANCE / sigma**2 if sigma > 0 else 0.0)
 
     def add(self, view: View, tracks: TrackTable) -> None:
         """Makes `view` the newest keyframe and triangulates the tracks it completes."""
         self.keyframes.append(view)
-        del self.keyframes[: -self._config.window_size]
+        while len(self.keyframes) > self._config.window_size:
+            self.older.append(self.keyframes.pop(0))
+        self._thin_out()
         self._triangulate(view, tracks)
 
     def clear(self) -> None:
         self.keyframes.clear()
+        self.older.clear()
 
-    def seen_ids(self) -> IntArray:
-        """Ids of all tracks that a keyframe sees; may repeat and hold -1."""
-        return np.concatenate([np.zeros(0, np.int64), *(view.track_ids for view in self.keyframes)])
+    def seen_ids(self, tracks: TrackTable) -> IntArray:
+        """Ids of the tracks to keep: all that the window sees, and the landmarks of older keyframes."""
+        ids = np.concatenate([np.zeros(0, np.int64), *(view.track_ids for view in self.keyframes)])
+        older = np.concatenate([np.zeros(0, np.int64), *(view.track_ids for view in self.older)])
+        return np.concatenate([ids, older[tracks.landmarks(older)[1]]])
+
+    def older_view_of(self, view: View, tracks: TrackTable) -> View | None:
+        """The older keyframe, out of the newest ones' sight, whose landmarks `view` should see most of."""
+        best, best_count = None, self._config.revisit_landmarks
+        for keyframe in self.older[: -self._config.window_fixed]:
+            forward = keyframe.T_world_camera[:3, 2] @ view.T_world_camera[:3, 2]
+            if forward < 0.7:
+                continue
+            points, known = tracks.landmarks(keyframe.track_ids)
+            points = points[known]
+            count = self._num_in_sight(view, points, keyframe.T_world_camera)
+            already = len(shared_rows(keyframe.track_ids[known], view.track_ids)[0])
+            if count - already > best_count and already < count // 2:
+                best, best_count = keyframe, count - already
+        return best
+
+    def _num_in_sight(self, view: View, points: FloatArray, T_world_keyframe: FloatArray) -> int:
+        """How many points should be within `view`'s image, at a size that still looks the same."""
+        rays, depth = reproject(view.T_world_camera, points)
+        low, high = view.rays.min(axis=0), view.rays.max(axis=0)
+        inside = ((rays > low) & (rays < high)).all(axis=1) & (depth > 0)
+        ratio = depth / np.maximum(reproject(T_world_keyframe, points)[1], 1e-9)
+        return int((inside & (ratio > 0.5) & (ratio < 2.0)).sum())
+
+    def _thin_out(self) -> None:
+        """Gives up the older keyframe that differs least from the one before it, where there are too many."""
+        while len(self.older) > self._config.map_keyframes:
+            candidates = self.older[: max(len(self.older) - _NEVER_THINNED, 2)]
+            differences = [
+                rotation_angle(a.T_world_camera[:3, :3].T @ b.T_world_camera[:3, :3])
+                + float(np.linalg.norm(a.T_world_camera[:3, 3] - b.T_world_camera[:3, 3]))
+                for a, b in pairwise(candidates)
+            ]
+            del self.older[int(np.argmin(differences)) + 1]
 
     def _triangulate(self, view: View, tracks: TrackTable) -> None:
-        """New landmarks of `view`'s tracks, each from the oldest keyframe that sees it."""
+        """New landmarks of `view`'s tracks, each from the oldest keyframe nearby that sees it."""
         _, has_landmark = tracks.landmarks(view.track_ids)
         rows = np.flatnonzero(~has_landmark & (view.track_ids >= 0))
         anchor_T = np.zeros((len(rows), 4, 4))
@@ -89,49 +172,116 @@ class Window:
             good &= (depth > 0) & (error_px < self._config.triangulation_error_px)
         return points, good
 
-    def refine(self, tracks: TrackTable) -> WindowSolution | None:
-        """Bundle adjustment of the window, then removal of what does not fit; None if there is too little to refine."""
-        num_fixed = min(self._config.window_fixed, len(self.keyframes) - 1)
-        if num_fixed < 1:
+    # --- refinement -------------------------------------------------------------------------------------------------
+
+    def job(self, tracks: TrackTable) -> WindowJob | None:
+        """The window as it stands, frozen for refinement; None if there is too little to refine."""
+        if len(self.keyframes) + len(self.older) < 2:
             return None
-        ids, pose_index, rows = self._observations(tracks)
-        if len(ids) < 6 * len(self.keyframes):
+        fixed = self._holding_views(tracks)
+        num_fixed = max(len(fixed), min(2, len(self.keyframes) - 1))
+        views = (*fixed, *self.keyframes)
+        ids, pose_index, rows = _observations(views, num_fixed, tracks)
+        if len(ids) < 6 * len(views):
             return None
         point_ids, point_index = np.unique(ids, return_inverse=True)
         points, _ = tracks.landmarks(point_ids)
-        rays = np.concatenate([view.rays[rows[pose_index == i]] for i, view in enumerate(self.keyframes)])
-        poses = np.stack([view.T_world_camera for view in self.keyframes])
-        problem = WindowProblem(poses, num_fixed, points, pose_index, point_index, rays, self._focal_px)
-        solution = optimize_window(problem, self._config.window_kernel_px, self._config.window_iterations)
-        self._apply(solution, tracks, point_ids)
-        self._remove_outliers(solution, problem, tracks, point_ids, rows)
-        return solution
+        rays = np.concatenate([view.nominal_rays[rows[pose_index == i]] for i, view in enumerate(views)])
+        poses = np.stack([view.T_world_camera for view in views])
+        refines_radial = self._config.radial_sigma > 0 and len(fixed) > 0
+        problem = WindowProblem(
+            poses, num_fixed, points, pose_index, point_index, rays, self._focal_px, self.radial, refines_radial
+        )
+        return WindowJob(problem, views, point_ids, rows, self._config.window_kernel_px, self._config.window_iterations)
 
-    def _observations(self, tracks: TrackTable) -> tuple[IntArray, IntArray, IntArray]:
-        """Track ids, keyframe numbers and feature rows (O,) of landmarks seen by two keyframes or more."""
-        ids, pose_index, rows = [], [], []
-        for i, view in enumerate(self.keyframes):
-            _, has_landmark = tracks.landmarks(view.track_ids)
-            seen = np.flatnonzero(has_landmark)
-            ids.append(view.track_ids[seen])
-            pose_index.append(np.full(len(seen), i, np.int64))
-            rows.append(seen)
-        all_ids = np.concatenate(ids)
-        _, inverse, counts = np.unique(all_ids, return_inverse=True, return_counts=True)
-        often = counts[inverse] >= 2
-        return all_ids[often], np.concatenate(pose_index)[often], np.concatenate(rows)[often]
+    def _holding_views(self, tracks: TrackTable) -> tuple[View, ...]:
+        """The older keyframes that share most landmarks with the window, oldest first."""
+        in_window = np.unique(np.concatenate([view.track_ids for view in self.keyframes]))
+        in_window = in_window[tracks.landmarks(in_window)[1]]
+        shared = [int(np.isin(view.track_ids, in_window).sum()) for view in self.older]
+        best = sorted(range(len(shared)), key=lambda i: shared[i])[-self._config.window_fixed :]
+        return tuple(self.older[i] for i in sorted(best) if shared[i] >= self._config.min_inliers)
 
-    def _apply(self, solution: WindowSolution, tracks: TrackTable, point_ids: IntArray) -> None:
-        for view, T_world_camera in zip(self.keyframes, solution.T_world_camera, strict=True):
+    def apply(self, job: WindowJob, solution: WindowSolution, tracks: TrackTable) -> WindowChange:
+        """Takes a refinement in: poses, points and distortion, then cuts what does not fit.
+
+        Keyframes and landmarks that came after the job was frozen follow its newest view rigidly.
+        """
+        newest = job.views[-1]
+        for view, T_world_camera in zip(job.views, solution.T_world_camera, strict=True):
             view.T_world_camera = T_world_camera
-        tracks.set_landmarks(point_ids, solution.points)
+        correction = newest.T_world_camera @ invert_pose(job.problem.T_world_camera[-1])
+        later = tuple(view for view in self.keyframes if view.frame_index > newest.frame_index)
+        followers = self._follow(later, job, correction, tracks)
+        alive = tracks.alive(job.point_ids)
+        alive[alive] = tracks.landmarks(job.point_ids[alive])[1]
+        tracks.set_landmarks(job.point_ids[alive], solution.points[alive])
+        removed = self._remove_outliers(job, solution, tracks)
+        self._learn_radial(solution.radial, job.problem)
+        moved = np.union1d(job.point_ids[alive], followers)
+        moved = moved[tracks.alive(moved)]
+        free = job.views[job.problem.num_fixed :]
+        return WindowChange((*free, *later), moved[tracks.landmarks(moved)[1]], removed, correction)
 
-    def _remove_outliers(
-        self, solution: WindowSolution, problem: WindowProblem, tracks: TrackTable, point_ids: IntArray, rows: IntArray
-    ) -> None:
+    def _follow(self, later: tuple[View, ...], job: WindowJob, correction: FloatArray, tracks: TrackTable) -> IntArray:
+        """Moves views and landmarks of the time since the job by the correction; returns the landmarks' ids."""
+        if not later:
+            return np.zeros(0, np.int64)
+        before = np.concatenate([view.track_ids for view in (*job.views, *self.older)])
+        ids = np.setdiff1d(np.concatenate([view.track_ids for view in later]), before)
+        ids = np.setdiff1d(ids, job.point_ids)
+        ids = ids[tracks.landmarks(ids)[1]]
+        tracks.set_landmarks(ids, transform(correction, tracks.landmarks(ids)[0]))
+        for view in later:
+            view.T_world_camera = correction @ view.T_world_camera
+        return ids
+
+    def _remove_outliers(self, job: WindowJob, solution: WindowSolution, tracks: TrackTable) -> IntArray:
         """Cuts observations that stayed far off; a landmark left with fewer than two loses its point."""
         wrong = solution.errors_px > self._config.pose_threshold_px
-        for i, view in enumerate(self.keyframes):
-            view.track_ids[rows[wrong & (problem.pose_index == i)]] = -1
-        remaining = np.bincount(problem.point_index[~wrong], minlength=len(point_ids))
-        tracks.drop_landmarks(point_ids[remaining < 2])
+        problem = job.problem
+        observed_ids = job.point_ids[problem.point_index]
+        for i, view in enumerate(job.views):
+            mine = wrong & (problem.pose_index == i)
+            rows = job.rows[mine]
+            unchanged = view.track_ids[rows] == observed_ids[mine]
+            view.track_ids[rows[unchanged]] = -1
+        remaining = np.bincount(problem.point_index[~wrong], minlength=len(job.point_ids))
+        lost = job.point_ids[remaining < 2]
+        lost = lost[tracks.alive(lost)]
+        lost = lost[tracks.landmarks(lost)[1]]
+        tracks.drop_landmarks(lost)
+        return lost
+
+    def _learn_radial(self, learned: RadialPrior, problem: WindowProblem) -> None:
+        """Remembers the distortion. An observation stays in the window for many refinements: each counts its share."""
+        if not problem.refines_radial:
+            return
+        gained = max(learned.information - problem.radial.information, 0.0) / self._config.window_size
+        self.radial = RadialPrior(learned.mean, problem.radial.information + gained)
+        for view in (*self.keyframes, *self.older):
+            view.rays = corrected_rays(view.nominal_rays, self.radial.mean)
+
+    def rescale(self, center: FloatArray, factor: float) -> None:
+        """Changes the unit of the keyframes' positions about a point (3,) of the world."""
+        for view in (*self.keyframes, *self.older):
+            T = view.T_world_camera.copy()
+            T[:3, 3] = center + factor * (T[:3, 3] - center)
+            view.T_world_camera = T
+
+
+def _observations(views: tuple[View, ...], num_fixed: int, tracks: TrackTable) -> tuple[IntArray, IntArray, IntArray]:
+    """Track ids, view numbers and feature rows (O,) of landmarks seen twice or more, and once by a free view."""
+    ids, pose_index, rows = [], [], []
+    for i, view in enumerate(views):
+        _, has_landmark = tracks.landmarks(view.track_ids)
+        seen = np.flatnonzero(has_landmark)
+        ids.append(view.track_ids[seen])
+        pose_index.append(np.full(len(seen), i, np.int64))
+        rows.append(seen)
+    all_ids, all_poses = np.concatenate(ids), np.concatenate(pose_index)
+    _, inverse, counts = np.unique(all_ids, return_inverse=True, return_counts=True)
+    by_free = np.bincount(inverse[all_poses >= num_fixed], minlength=len(counts))
+    useful = (counts >= 2) & (by_free >= 1)
+    keep = useful[inverse]
+    return all_ids[keep], all_poses[keep], np.concatenate(rows)[keep]
