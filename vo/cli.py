@@ -126,8 +126,7 @@ def _add_view(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--size", metavar="WxH", type=_size, default=(1280, 720), help="px (default: 1280x720)")
     parser.add_argument("--after-s", metavar="S", type=float, help="end after so long")
     parser.add_argument("--until-finished", action="store_true", help="close the window with the run")
-    parser.add_argument("--key", metavar="F", type=Path, help="own certificate, for a run on another machine")
-    parser.add_argument("--server-key", metavar="F", type=Path, help="public certificate of that run")
+    _add_client_keys(parser)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_view)
 
