@@ -38,7 +38,7 @@ class TruthAlignment:
         if self.kind == "first pose":
             return "truth: laid on the first pose, scale not known yet"
         scale = f", 1 m = {self.scale:.3g} units" if self.kind == "Sim(3)" else ""
-        return f"truth: {self.kind} of {self.num_pairs} poses{scale}, RMSE {self.rmse:.3g}"
+        return f"truth: {self.kind} of {self.num_pairs} poses{scale}, RMSE {self.rmse:.2g}"
 
 
 class TruthAligner:
