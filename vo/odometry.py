@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
 from vo.bundle import WindowSolution, corrected_rays
-from vo.config import OdometryConfig, TwoViewConfig
+from vo.config import OdometryConfig, RelativeScaleConfig, TwoViewConfig
 from vo.geometry import (
     AbsolutePose,
     essential_matrix,
@@ -36,6 +36,7 @@ from vo.geometry import (
     translation_scale,
     undistort,
 )
+from vo.scale_source import ScaleSource
 from vo.tracks import TrackTable
 from vo.types import (
     Camera,
@@ -105,6 +106,7 @@ class Odometry:
     match             called with the features of two frames, older first; decides nothing but correspondence.
     waits_for_window  takes a refinement in `window_lag_frames` after its keyframe, and waits for it if need be, so that
                       the same frames give the same poses; otherwise as soon as it is there, and no pose ever waits.
+    scale             what gives the map its unit; that of the first landmarks without one.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Odometry:
         match: MatchFunction,
         *,
         waits_for_window: bool = True,
+        scale: ScaleSource | None = None,
     ) -> None:
         self._camera = camera
         self._config = config
@@ -129,7 +132,11 @@ class Odometry:
         self._num_lost = 0
         self._segment_id = 0
         self._num_steps = 0
-        self._scale_source = "relative"
+        self._scale = scale or ScaleSource(RelativeScaleConfig())
+        # Decided and not applied yet: the map's unit changes only while no refinement of it is under way.
+        self._pending_factor = 1.0
+        self._frame: Frame | None = None
+        self._has_unit = False
         self._waits_for_window = waits_for_window
         self._window_is_stale = False
         self._refinement: _Refinement | None = None
@@ -153,6 +160,10 @@ class Odometry:
         return self._take_in_refinement(self._previous.frame_index, self._previous.timestamp_ns) or update
 
     @property
+    def _scale_name(self) -> str:
+        return self._scale.name if self._has_unit else "relative"
+
+    @property
     def radial_distortion(self) -> float:
         """The radial distortion found beyond the calibration: a ray of length r is the ray times 1 - kappa r^2."""
         return self._window.radial.mean
@@ -169,7 +180,9 @@ class Odometry:
     def step(self, frame: Frame, features: Features) -> OdometryStep:
         """Poses the next frame. Expected failures come back as status and rejection, never as an exception."""
         self._num_steps += 1
+        self._frame = frame
         map_update = self._take_in_refinement(frame.index, frame.timestamp_ns)
+        self._change_unit()
         step = self._step(self._as_view(frame, features))
         self._begin_refinement()
         return replace(step, map_update=map_update)
@@ -254,12 +267,15 @@ class Odometry:
             self._window.keyframes.pop()
             self._previous = view
             return self._posed_step(view, matches, rejection=Rejection.LOW_PARALLAX)
-        covariance = relative.covariance.copy()
-        covariance[:3] /= unit
-        covariance[:, :3] /= unit
         self._status = TrackingStatus.TRACKING
         self._accept(view, is_moving=True)
         self._window_is_stale = True
+        self._read_scale(view)
+        self._change_unit()
+        baseline = float(np.linalg.norm((invert_pose(origin.T_world_camera) @ view.T_world_camera)[:3, 3]))
+        covariance = relative.covariance.copy()
+        covariance[:3] *= baseline
+        covariance[:, :3] *= baseline
         num_inliers = int(inliers.sum())
         return self._posed_step(view, matches, num_inliers=num_inliers, is_keyframe=True, covariance=covariance)
 
@@ -348,6 +364,7 @@ class Odometry:
             self._revisit(view)
             self._window.add(view, self._tracks)
             self._window_is_stale = True
+            self._read_scale(view)
         self._accept(view, is_moving=not is_stationary)
         self._status = self._found_status()
         return self._posed_step(
@@ -531,6 +548,39 @@ class Odometry:
             view.rays = corrected_rays(view.nominal_rays, kappa)
         return self._map_update(frame_index, timestamp_ns, change)
 
+    # --- the unit of the map ----------------------------------------------------------------------------------------
+
+    def _read_scale(self, view: View) -> None:
+        """Asks the scale source at a keyframe by how much the map is too small."""
+        if self._frame is None:
+            return
+        points, known = self._tracks.landmarks(view.track_ids)
+        _, depth = reproject(view.T_world_camera, points[known])
+        self._pending_factor *= self._scale.factor(
+            self._frame, view.T_world_camera, view.keypoints[known], depth, self._pending_factor
+        )
+
+    def _change_unit(self) -> None:
+        """Rescales the map about the camera, so that no pose jumps; the first time about the origin.
+
+        What was posed before the first reading is in another unit, and said to be by its `scale_source`.
+        """
+        factor = self._pending_factor
+        if factor == 1.0 or self._refinement is not None or self._previous is None:
+            return
+        center = self._previous.T_world_camera[:3, 3].copy() if self._has_unit else np.zeros(3)
+        self._has_unit, self._pending_factor = self._scale.is_metric, 1.0
+        self._window.rescale(center, factor)
+        self._tracks.scale_landmarks(center, factor)
+        keyframes = {id(view) for view in (*self._window.keyframes, *self._window.older)}
+        for view in {id(v): v for v in (self._previous, self._still_reference) if v is not None}.values():
+            if id(view) not in keyframes:
+                T = view.T_world_camera.copy()
+                T[:3, 3] = center + factor * (T[:3, 3] - center)
+                view.T_world_camera = T
+        self._last_motion = make_pose(self._last_motion[:3, :3], self._last_motion[:3, 3] * factor)
+        self._scale.rescaled(center, factor)
+
     def _views_in_hand(self, job: WindowJob) -> list[View]:
         """The views that are kept without being keyframes."""
         placed = {id(view) for view in (*job.views, *self._window.keyframes, *self._window.older)}
@@ -543,7 +593,7 @@ class Odometry:
             frame_index=frame_index,
             timestamp_ns=timestamp_ns,
             segment_id=self._segment_id,
-            scale_source=self._scale_source,
+            scale_source=self._scale_name,
             keyframe_indices=np.array([view.frame_index for view in change.views], np.int64),
             keyframe_timestamps_ns=np.array([view.timestamp_ns for view in change.views], np.int64),
             T_world_keyframes=np.stack([view.T_world_camera for view in change.views]),
@@ -644,6 +694,8 @@ class Odometry:
         """A new segment without a link to the map so far."""
         self._segment_id += 1
         self._window.clear()
+        self._scale.reset()
+        self._has_unit, self._pending_factor = False, 1.0
         self._window_is_stale = False
         self._refinement = None
         self._last_motion = np.eye(4)
@@ -666,6 +718,7 @@ class Odometry:
     def _accept(self, view: View, is_moving: bool) -> None:
         """Makes the frame the one to match the next against."""
         self._last_motion = invert_pose(self._previous_pose()) @ view.T_world_camera
+        self._scale.passed(view.T_world_camera)
         self._previous = view
         self._num_lost = 0
         if is_moving:
@@ -693,7 +746,7 @@ class Odometry:
             is_keyframe=is_keyframe,
             is_stationary=is_stationary,
             segment_id=self._segment_id,
-            scale_source=self._scale_source,
+            scale_source=self._scale_name,
         )
         return OdometryStep(pose, self._tracks.frame_tracks(view.frame_index, view.timestamp_ns), matches)
 
@@ -706,7 +759,7 @@ class Odometry:
             rejection=rejection,
             num_matches=0 if matches is None else len(matches),
             segment_id=self._segment_id,
-            scale_source=self._scale_source,
+            scale_source=self._scale_name,
         )
         empty = np.zeros(0, np.int64)
         tracks = FrameTracks(

@@ -8,14 +8,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from vo.config import Config
+import numpy as np
+
+from vo.config import Config, GroundTruthScaleConfig
 from vo.frontend import Frontend
 from vo.odometry import Odometry
 from vo.run_meter import RunMeter
+from vo.scale import ExternalReadings
+from vo.scale_source import ScaleSource, TruePosition
 from vo.sources import Source
 from vo.stages import Sink, StageOptions, Stages
 from vo.summary import RunSummary
-from vo.types import MapUpdate
+from vo.trajectory import read_trajectory
+from vo.types import ConfigError, FloatArray, Frame, MapUpdate
+
+# A true position this far from the time of a frame is not the frame's.
+_MAX_TRUTH_DELAY_NS = 20_000_000
 
 
 def run(
@@ -30,6 +38,7 @@ def run(
     stop: threading.Event | None = None,
     meter: RunMeter | None = None,
     on_last_map: Callable[[MapUpdate], None] | None = None,
+    external: ExternalReadings | None = None,
 ) -> RunSummary:
     """Runs every frame of the source, in order, and closes it.
 
@@ -41,13 +50,19 @@ def run(
     stop        ends the run when it is set: what has been computed still reaches the sinks.
     meter       counts the run; a caller's own can be read when the run fails.
     on_last_map is called with what the window still corrected after the last frame.
+    external    what somebody tells of the distance travelled, for the scale source of that name.
 
     Raises what a stage raised, after all of them have ended.
     """
     meter, stop = meter or RunMeter(), stop or threading.Event()
     match = meter.timed_match(frontend.matcher.match)
     is_lossy = drops_oldest(config, source, is_paced)
-    odometry = Odometry(source.camera, config.odometry, config.two_view, match, waits_for_window=not is_lossy)
+    scale = ScaleSource(
+        config.odometry.scale, rig=source.stereo, external=external, true_position=_true_position(config, source)
+    )
+    odometry = Odometry(
+        source.camera, config.odometry, config.two_view, match, waits_for_window=not is_lossy, scale=scale
+    )
     stages = Stages(source, lambda frame: frontend.extractor.extract(frame.image), odometry.step, sinks, meter, stop)
     options = StageOptions(
         is_threaded=config.pipeline.threaded if threaded is None else threaded,
@@ -65,6 +80,24 @@ def run(
         if last_update is not None and on_last_map is not None:
             on_last_map(last_update)
     return summarise(meter, source, frontend, is_interrupted=stop.is_set())
+
+
+def _true_position(config: Config, source: Source) -> TruePosition | None:
+    """Where the camera truly was at a frame; only for the scale source that is named after the ground truth."""
+    if not isinstance(config.odometry.scale, GroundTruthScaleConfig):
+        return None
+    if source.ground_truth is None:
+        raise ConfigError(f"odometry.scale: {source.name} has no ground truth; choose another scale source")
+    truth = read_trajectory(source.ground_truth)
+
+    def position(frame: Frame) -> FloatArray | None:
+        keys = truth.timestamps_ns if truth.has_times else np.arange(len(truth.timestamps_ns))
+        wanted = frame.timestamp_ns if truth.has_times else frame.index
+        row = int(np.argmin(np.abs(keys - wanted)))
+        near = abs(int(keys[row]) - wanted) <= (_MAX_TRUTH_DELAY_NS if truth.has_times else 0)
+        return truth.T_world_camera[row, :3, 3] if near else None
+
+    return position
 
 
 def drops_oldest(config: Config, source: Source, is_paced: bool) -> bool:

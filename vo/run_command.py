@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from vo.config import Config, PublisherConfig
+from vo.config import Config, ExternalScaleConfig, PublisherConfig, StereoScaleConfig
 from vo.config_loader import dump_config, load_config
 from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, select_device
 from vo.message_stream import MessageStream
+from vo.message_types import ScaleQuantity
 from vo.messages import RunState, Topic
 from vo.pipeline import run, stop_on_signals
 from vo.preview import ImagePreview
@@ -23,9 +24,10 @@ from vo.refined import RefinedTrajectory
 from vo.run_files import RunFiles, WantedFiles, tracks_directory, write_run_camera
 from vo.run_meter import RunMeter
 from vo.run_report import PoseLog, report
+from vo.scale import ExternalReadings
 from vo.sources import Source, open_source
 from vo.stages import FrameResult, Sink
-from vo.types import MapUpdate, WeightsError
+from vo.types import ConfigError, MapUpdate, WeightsError
 from vo.viewer_process import ViewerProcess, check_viewable
 
 USER_ERROR = 2
@@ -65,7 +67,17 @@ def run_command(request: RunRequest) -> int:
     if request.views:
         check_viewable(config.publisher)
     with ExitStack() as resources:
-        source = open_source(request.source, camera_file=request.camera_file, fov_deg=request.fov_deg, fps=request.fps)
+        scale = config.odometry.scale
+        source = open_source(
+            request.source,
+            camera_file=request.camera_file,
+            fov_deg=request.fov_deg,
+            fps=request.fps,
+            wants_stereo=isinstance(scale, StereoScaleConfig),
+        )
+        external = ExternalReadings(scale) if isinstance(scale, ExternalScaleConfig) else None
+        if external is not None and config.publisher.endpoint == "off":
+            raise ConfigError("odometry.scale: external needs the publisher, whose socket takes the readings")
         resources.callback(source.close)
         recorder = resources.enter_context(Recorder(request.output)) if request.output is not None else None
         files = resources.enter_context(RunFiles(wanted_files(request, config), source.name, is_quiet=request.is_quiet))
@@ -80,7 +92,7 @@ def run_command(request: RunRequest) -> int:
         files.follow(stream)
         publisher = None
         if config.publisher.endpoint != "off":
-            publisher = resources.enter_context(Publisher(config.publisher, stream))
+            publisher = resources.enter_context(Publisher(config.publisher, stream, accepts_scale=external is not None))
         viewer = None
         if publisher is not None and request.views:
             viewer = resources.enter_context(ViewerProcess(publisher.endpoint, source.ground_truth, _note))
@@ -110,6 +122,7 @@ def run_command(request: RunRequest) -> int:
                         (
                             *sinks(stream, image_preview(config.publisher), recorder, poses, refined, meter, advance),
                             files.add,
+                            lambda result: take_readings(publisher, external),
                             lambda result: None if viewer is None else viewer.check(),
                         ),
                         is_paced=request.is_realtime,
@@ -117,6 +130,7 @@ def run_command(request: RunRequest) -> int:
                         stop=stop,
                         meter=meter,
                         on_last_map=correct,
+                        external=external,
                     )
             finally:
                 is_interrupted = stop.is_set()
@@ -129,6 +143,19 @@ def run_command(request: RunRequest) -> int:
             stream.finish(RunState.INTERRUPTED)
     # The disk has refused the recording, which was said when it did; the results themselves are complete.
     return INTERRUPTED if is_interrupted else USER_ERROR if files.failure else 0
+
+
+def take_readings(publisher: Publisher | None, external: ExternalReadings | None) -> None:
+    """Hands what consumers said of the scale to the odometry."""
+    if publisher is None or external is None:
+        return
+    for reading in publisher.take_scale_readings():
+        if reading.timestamp_ns is None:
+            continue  # the publisher fills the time in as soon as a frame has been published
+        if reading.quantity is ScaleQuantity.SPEED:
+            external.add_speed(reading.timestamp_ns, reading.value)
+        elif reading.start_timestamp_ns is not None and reading.start_timestamp_ns < reading.timestamp_ns:
+            external.add_distance(reading.start_timestamp_ns, reading.timestamp_ns, reading.value)
 
 
 def _note(text: str) -> None:
