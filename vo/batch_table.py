@@ -59,7 +59,9 @@ def batch_rows(manifest: BatchManifest, jobs: Sequence[Job]) -> list[Row]:
             mine = [job for job in jobs if (job.sequence, job.config) == (sequence.name, config.name)]
             rows.append(_our_row(sequence.name, config.name, mine))
         for peer in manifest.peers:
-            figures = {f.figure: (f.value,) for f in peer.figures if f.sequence == sequence.name}
+            figures: dict[str, tuple[float, ...]] = {
+                f.figure: (f.value,) for f in peer.figures if f.sequence == sequence.name
+            }
             if figures:
                 rows.append(Row(sequence.name, peer.name, 1, 1, figures, f"published: {peer.origin}", True))
     return rows + [_mean_row(config.name, rows) for config in manifest.configs]
@@ -88,7 +90,7 @@ def _our_row(sequence: str, config: str, jobs: Sequence[Job]) -> Row:
 
 def _mean_row(config: str, rows: Sequence[Row]) -> Row:
     mine = [row for row in rows if row.method == config and not row.is_published]
-    values = {}
+    values: dict[str, tuple[float, ...]] = {}
     for name in FIGURES:
         medians = [median for row in mine if (median := row.median(name)) is not None]
         if medians:

@@ -125,13 +125,13 @@ def read_facts(path: Path) -> RunFacts:
         raise SourceError(f"{path}: expected a mapping as `vo run` writes it")
     latency = tree.get("latency_ms")
     evaluation = tree.get("evaluation")
-    has_evaluation = isinstance(evaluation, dict)
+    evaluation = evaluation if isinstance(evaluation, dict) else None
     return RunFacts(
         lost_episodes=int(_number(tree, "lost_episodes", path)),
         latency_ms=None if latency is None else _latency(latency, path),
         fps=_number(tree, "fps", path),
-        num_expected_poses=int(_number(evaluation, "num_expected_poses", path)) if has_evaluation else None,
-        num_truth_poses=int(_number(evaluation, "num_truth_poses", path)) if has_evaluation else None,
+        num_expected_poses=None if evaluation is None else int(_number(evaluation, "num_expected_poses", path)),
+        num_truth_poses=None if evaluation is None else int(_number(evaluation, "num_truth_poses", path)),
     )
 
 

@@ -190,8 +190,9 @@ def pose_error_deg(T_estimated: FloatArray, T_true: FloatArray) -> float:
 
 def rays_of(points: FloatArray, K: FloatArray) -> FloatArray:
     """Rays (N, 2) of pixels (N, 2) of a pinhole camera, skew included."""
-    rays: FloatArray = np.linalg.solve(K, homogeneous(np.asarray(points, np.float64)).T).T
-    return rays[:, :2] / rays[:, 2:]
+    directions = np.asarray(np.linalg.solve(K, homogeneous(np.asarray(points, np.float64)).T).T, np.float64)
+    rays: FloatArray = directions[:, :2] / directions[:, 2:]
+    return rays
 
 
 def area_under_curve(errors: Sequence[float], threshold: float) -> float:
