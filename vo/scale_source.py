@@ -130,30 +130,32 @@ class ScaleSource:
     def _reading(
         self, here: _Keyframe, keypoints: NDArray[np.float32], z_map: FloatArray, unit: float
     ) -> ScaleReading | None:
-        frame, last = here.frame, self._last
-        match self._config:
-            case DepthScaleConfig() as config:
-                return None if frame.depth is None else depth_reading(frame.depth, keypoints, z_map, config)
-            case StereoScaleConfig() as config:
-                if self._stereo is None or frame.right is None:
-                    return None
-                return stereo_reading(self._stereo.depths(frame.image, frame.right, keypoints), z_map, config)
-        if last is None:
-            return None
-        match self._config:
-            case GroundPlaneScaleConfig() as config:
-                T_last_here = invert_pose(last.T_world_camera) @ here.T_world_camera
-                T_last_here[:3, 3] *= unit
-                return ground_plane_reading(last.frame.image, frame.image, T_last_here, frame.camera, config)
-            case ExternalScaleConfig() if self._external is not None:
-                travelled = self._external.distance(last.frame.timestamp_ns, frame.timestamp_ns)
-                return (
-                    None if travelled is None else external_reading(travelled[0], self._path_units * unit, travelled[1])
-                )
-            case GroundTruthScaleConfig() as config if self._true_position is not None:
-                true0, true1 = self._true_position(last.frame), self._true_position(frame)
-                if true0 is None or true1 is None:
-                    return None
-                positions = np.stack([last.T_world_camera[:3, 3], here.T_world_camera[:3, 3]]) * unit
-                return groundtruth_reading(np.stack([true0, true1]), positions, config)
+        frame, config = here.frame, self._config
+        if isinstance(config, DepthScaleConfig):
+            return None if frame.depth is None else depth_reading(frame.depth, keypoints, z_map, config)
+        if isinstance(config, StereoScaleConfig):
+            if self._stereo is None or frame.right is None:
+                return None
+            return stereo_reading(self._stereo.depths(frame.image, frame.right, keypoints), z_map, config)
+        return None if self._last is None else self._reading_between(self._last, here, unit)
+
+    def _reading_between(self, last: _Keyframe, here: _Keyframe, unit: float) -> ScaleReading | None:
+        """From what happened between two keyframes."""
+        config = self._config
+        if isinstance(config, GroundPlaneScaleConfig):
+            T_last_here = invert_pose(last.T_world_camera) @ here.T_world_camera
+            T_last_here[:3, 3] *= unit
+            frame = here.frame
+            return ground_plane_reading(last.frame.image, frame.image, T_last_here, frame.camera, config)
+        if isinstance(config, ExternalScaleConfig) and self._external is not None:
+            travelled = self._external.distance(last.frame.timestamp_ns, here.frame.timestamp_ns)
+            if travelled is None:
+                return None
+            return external_reading(travelled[0], self._path_units * unit, travelled[1])
+        if isinstance(config, GroundTruthScaleConfig) and self._true_position is not None:
+            true0, true1 = self._true_position(last.frame), self._true_position(here.frame)
+            if true0 is None or true1 is None:
+                return None
+            positions = np.stack([last.T_world_camera[:3, 3], here.T_world_camera[:3, 3]]) * unit
+            return groundtruth_reading(np.stack([true0, true1]), positions, config)
         return None
