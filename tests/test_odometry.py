@@ -172,7 +172,7 @@ def test_wrong_matches_do_not_bend_the_path():
     odometry = Odometry(CAMERA, OdometryConfig(), TwoViewConfig(), match_badly)
     steps = follow(odometry, world, poses, noise_px=0.3)
     length = 0.2 * len(poses)
-    assert aligned_errors(steps, poses).max() < 0.01 * length
+    assert aligned_errors(steps, poses).max() < 0.02 * length
 
 
 def test_tracks_keep_their_point():

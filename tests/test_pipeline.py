@@ -46,6 +46,7 @@ class PointSource:
     camera: Camera = CAMERA
     num_frames = NUM_FRAMES
     ground_truth: Path | None = None
+    stereo = None
 
     def __init__(self, *, is_live: bool = False, skipped: Sequence[SkippedFrame] = ()) -> None:
         self.is_live = is_live

@@ -23,11 +23,13 @@ IntArray = NDArray[np.int64]
 class RadialPrior:
     """What is known of the leftover radial distortion kappa: a ray of length r truly is the ray times 1 - kappa r^2.
 
-    mean; information in px^2: the weight of a squared deviation beside squared reprojection errors.
+    mean; information in px^2: the weight of a squared deviation beside squared reprojection errors; limit: no larger
+    kappa is believed, whatever noisy keypoints seem to say.
     """
 
     mean: float = 0.0
     information: float = 0.0
+    limit: float = np.inf
 
     def corrected(self, rays: FloatArray) -> FloatArray:
         """Rays (N, 2) without the leftover distortion."""
@@ -148,7 +150,8 @@ def _as_solution(
     state = _State(T, state.points, state.kappa)
     radial = problem.radial
     if problem.refines_radial:
-        radial = RadialPrior(state.kappa, _radial_information(_linearize(problem, state, kernel_px)))
+        information = _radial_information(_linearize(problem, state, kernel_px))
+        radial = RadialPrior(state.kappa, information, problem.radial.limit)
     errors_px = np.linalg.norm(_residuals(problem, state)[0], axis=1)
     return WindowSolution(T, state.points, errors_px, costs[0], costs[1], num_iterations, radial)
 
@@ -159,6 +162,7 @@ def _moved(problem: WindowProblem, state: _State, camera_step: FloatArray, point
     for row, step in enumerate(camera_step[: 6 * num_free].reshape(num_free, 6), start=problem.num_fixed):
         T[row] = state.T[row] @ exp_se3(step)
     kappa = state.kappa + (float(camera_step[-1]) if problem.refines_radial else 0.0)
+    kappa = min(max(kappa, -problem.radial.limit), problem.radial.limit)
     return _State(T, state.points + point_step, kappa)
 
 

@@ -201,7 +201,7 @@ class OdometryConfig:
     triangulation_error_px: float = setting(2.0, minimum=0.1, help="reprojection error of a new landmark, px")
     keyframe_parallax_px: float = setting(15.0, minimum=0.0, help="median parallax that makes a keyframe, px")
     keyframe_rotation_deg: float = setting(15.0, minimum=1.0, help="rotation that makes a keyframe, deg")
-    keyframe_landmark_ratio: float = setting(0.5, minimum=0.0, maximum=1.0, help="share still seen that makes one")
+    keyframe_landmark_ratio: float = setting(0.35, minimum=0.0, maximum=1.0, help="share still seen that makes one")
     reconnect_keyframes: int = setting(
         1, minimum=0, maximum=10, help="keyframes, besides the previous frame, that a frame is matched to"
     )
@@ -212,10 +212,13 @@ class OdometryConfig:
     window_iterations: int = setting(6, minimum=1, maximum=50, help="steps of the bundle adjustment")
     window_kernel_px: float = setting(1.0, minimum=0.1, help="width of the Cauchy kernel, px")
     window_lag_frames: int = setting(
-        2, minimum=1, maximum=100, help="frames of a replay after which a refinement is taken in"
+        1, minimum=1, maximum=100, help="frames of a replay after which a refinement is taken in"
     )
     radial_sigma: float = setting(
-        0.02, minimum=0.0, maximum=1.0, help="radial distortion the calibration may have left over; 0: none, as given"
+        0.005,
+        minimum=0.0,
+        maximum=1.0,
+        help="radial distortion the calibration may have left over, 1 sigma, at most 3; 0: none",
     )
     map_keyframes: int = setting(100, minimum=0, maximum=10_000, help="older keyframes kept to come back to")
     revisit_landmarks: int = setting(

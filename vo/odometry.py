@@ -22,6 +22,7 @@ from vo.geometry import (
     AbsolutePose,
     essential_matrix,
     estimate_absolute_pose,
+    estimate_first_pose,
     estimate_relative_pose,
     fit_rotation,
     invert_pose,
@@ -180,12 +181,23 @@ class Odometry:
     def step(self, frame: Frame, features: Features) -> OdometryStep:
         """Poses the next frame. Expected failures come back as status and rejection, never as an exception."""
         self._num_steps += 1
+        if self._repeats(frame):
+            return self._unposed_frame(frame, Rejection.REPEATED_IMAGE)
         self._frame = frame
         map_update = self._take_in_refinement(frame.index, frame.timestamp_ns)
         self._change_unit()
         step = self._step(self._as_view(frame, features))
         self._begin_refinement()
         return replace(step, map_update=map_update)
+
+    def _repeats(self, frame: Frame) -> bool:
+        """Whether the camera delivers the very image of the frame before: it hangs, and what it saw since is unknown.
+
+        Sensors have noise: a camera that stands still never sends the same image twice. A black image tells nothing.
+        """
+        if self._frame is None or self._frame.image.shape != frame.image.shape:
+            return False
+        return bool(np.array_equal(self._frame.image, frame.image) and frame.image.min() != frame.image.max())
 
     def _as_view(self, frame: Frame, features: Features) -> View:
         keypoints = features.valid_keypoints()
@@ -230,7 +242,7 @@ class Odometry:
         if len(rows0) < len(motion.pairs) / 2:
             self._rematch(origin, view)
             rows0, rows1 = shared_rows(origin.track_ids, view.track_ids)
-        relative = estimate_relative_pose(origin.rays[rows0], view.rays[rows1], self._camera.focal_px, self._two_view)
+        relative = estimate_first_pose(origin.rays[rows0], view.rays[rows1], self._camera.focal_px, self._two_view)
         # Where the first keyframe is going out of sight a short baseline is better than none.
         is_leaving = len(rows0) < len(origin.keypoints) / 3
         enough_deg = self._config.init_parallax_deg * (0.4 if is_leaving else 1.0)
@@ -648,7 +660,7 @@ class Odometry:
         """Looks for the camera in the map of recent keyframes."""
         if self._status is TrackingStatus.INITIALIZING:
             return self._restart(view, matches, rejection)
-        for keyframe in self._window.keyframes[: -self._config.recovery_keyframes - 1 : -1]:
+        for keyframe in self._window.likely_views(view):
             found = self._match(keyframe.features, view.features)
             view.track_ids[:] = -1
             view.track_ids[found.indices[:, 1]] = keyframe.track_ids[found.indices[:, 0]]
@@ -751,26 +763,33 @@ class Odometry:
         return OdometryStep(pose, self._tracks.frame_tracks(view.frame_index, view.timestamp_ns), matches)
 
     def _unposed(self, view: View, matches: Matches | None, rejection: Rejection) -> OdometryStep:
+        num_matches = 0 if matches is None else len(matches)
+        return self._without_pose(view.frame_index, view.timestamp_ns, rejection, matches, num_matches)
+
+    def _unposed_frame(self, frame: Frame, rejection: Rejection) -> OdometryStep:
+        """A frame that was not even looked at; the next one goes on from what was seen before."""
+        if self._status is not TrackingStatus.INITIALIZING:
+            self._status = TrackingStatus.LOST
+        return self._without_pose(frame.index, frame.timestamp_ns, rejection, None, 0)
+
+    def _without_pose(
+        self, frame_index: int, timestamp_ns: int, rejection: Rejection, matches: Matches | None, num_matches: int
+    ) -> OdometryStep:
         pose = PoseEstimate(
-            frame_index=view.frame_index,
-            timestamp_ns=view.timestamp_ns,
+            frame_index=frame_index,
+            timestamp_ns=timestamp_ns,
             T_world_camera=None,
             status=TrackingStatus.LOST,
             rejection=rejection,
-            num_matches=0 if matches is None else len(matches),
+            num_matches=num_matches,
             segment_id=self._segment_id,
             scale_source=self._scale_name,
         )
-        empty = np.zeros(0, np.int64)
-        tracks = FrameTracks(
-            view.frame_index,
-            view.timestamp_ns,
-            empty,
-            np.zeros((0, 2), np.float32),
-            np.zeros(0, np.int32),
-            np.zeros(0, np.bool_),
+        none = np.zeros(0, np.int64)
+        no_tracks = FrameTracks(
+            frame_index, timestamp_ns, none, np.zeros((0, 2), np.float32), np.zeros(0, np.int32), np.zeros(0, np.bool_)
         )
-        return OdometryStep(pose, tracks, matches)
+        return OdometryStep(pose, no_tracks, matches)
 
 
 def _colors_at(image: NDArray[np.uint8], keypoints: NDArray[np.float32]) -> NDArray[np.uint8]:

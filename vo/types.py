@@ -69,6 +69,7 @@ class Rejection(Enum):
     LOW_PARALLAX = "low_parallax"
     PURE_ROTATION = "pure_rotation"
     DEGENERATE = "degenerate"
+    REPEATED_IMAGE = "repeated_image"
 
 
 def _checked(name: str, array: NDArray[Any], shape: tuple[int | None, ...], dtype: type) -> None:

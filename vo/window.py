@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from frontends.base import Features
@@ -25,6 +26,7 @@ IntArray = NDArray[np.int64]
 _NEVER_THINNED = 16
 # In px^2, the residuals' variance: turns the standard deviation of a prior into the information bundle.py expects.
 _RESIDUAL_VARIANCE = 0.1
+_NUM_VOTES = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +92,7 @@ class Window:
         self.keyframes: list[View] = []
         self.older: list[View] = []
         sigma = config.radial_sigma
-        self.radial = RadialPrior(0.0, _RESIDUAL_VARIANCE / sigma**2 if sigma > 0 else 0.0)
+        self.radial = RadialPrior(0.0, _RESIDUAL_VARIANCE / sigma**2 if sigma > 0 else 0.0, 3.0 * sigma)
 
     def add(self, view: View, tracks: TrackTable) -> None:
         """Makes `view` the newest keyframe and triangulates the tracks it completes."""
@@ -109,6 +111,23 @@ class Window:
         ids = np.concatenate([np.zeros(0, np.int64), *(view.track_ids for view in self.keyframes)])
         older = np.concatenate([np.zeros(0, np.int64), *(view.track_ids for view in self.older)])
         return np.concatenate([ids, older[tracks.landmarks(older)[1]]])
+
+    def likely_views(self, view: View) -> list[View]:
+        """Keyframes in which a lost camera may find itself: the newest ones, then those that look most like its image.
+
+        Each of the image's strongest descriptors votes for the keyframe with the nearest one; no vocabulary is
+        needed for the few keyframes a window keeps.
+        """
+        count = self._config.recovery_keyframes
+        newest = self.keyframes[: -count - 1 : -1]
+        others = [keyframe for keyframe in (*self.older, *self.keyframes) if all(keyframe is not v for v in newest)]
+        if not others or view.features.num_valid == 0:
+            return newest
+        queries = _comparable(view.features)[:_NUM_VOTES]
+        nearest = torch.stack([(queries @ _comparable(other.features).T).amax(dim=1) for other in others])
+        votes = torch.bincount(nearest.argmax(dim=0), minlength=len(others)).tolist()
+        ranked = sorted(range(len(others)), key=lambda i: -votes[i])[:count]
+        return [*newest, *(others[i] for i in ranked if votes[i] > 0)]
 
     def older_view_of(self, view: View, tracks: TrackTable) -> View | None:
         """The older keyframe, out of the newest ones' sight, whose landmarks `view` should see most of."""
@@ -258,7 +277,7 @@ class Window:
         if not problem.refines_radial:
             return
         gained = max(learned.information - problem.radial.information, 0.0) / self._config.window_size
-        self.radial = RadialPrior(learned.mean, problem.radial.information + gained)
+        self.radial = RadialPrior(learned.mean, problem.radial.information + gained, learned.limit)
         for view in (*self.keyframes, *self.older):
             view.rays = corrected_rays(view.nominal_rays, self.radial.mean)
 
@@ -268,6 +287,15 @@ class Window:
             T = view.T_world_camera.copy()
             T[:3, 3] = center + factor * (T[:3, 3] - center)
             view.T_world_camera = T
+
+
+def _comparable(features: Features) -> torch.Tensor:
+    """Descriptors (N, D) whose dot product is larger the more alike they are; bits of binary ones become -1 and 1."""
+    descriptors = features.descriptors[: features.num_valid]
+    if descriptors.dtype != torch.uint8:
+        return descriptors
+    bits = (descriptors[:, :, None] >> torch.arange(8, device=descriptors.device)) & 1
+    return bits.reshape(len(bits), -1).float() * 2 - 1
 
 
 def _observations(views: tuple[View, ...], num_fixed: int, tracks: TrackTable) -> tuple[IntArray, IntArray, IntArray]:
