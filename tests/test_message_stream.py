@@ -247,7 +247,12 @@ def _stop_after(endpoint: str, keys: Path, num_poses: int) -> int:
             if isinstance(message.body, CompressedImage):
                 image = cv2.imdecode(message.body.data, cv2.IMREAD_COLOR)
                 assert image.shape[:2] == (message.body.height, message.body.width) == (240, 320)
-            if received[Topic.POSE] >= num_poses and received[Topic.IMAGE] and not was_stopped:
+            if (
+                received[Topic.POSE] >= num_poses
+                and received[Topic.IMAGE]
+                and received[Topic.CAMERA]
+                and not was_stopped
+            ):
                 client.stop(PATIENCE_S)
                 was_stopped = True
         assert client.inbox.final_state is RunState.INTERRUPTED

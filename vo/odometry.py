@@ -568,6 +568,7 @@ class Odometry:
             return
         points, known = self._tracks.landmarks(view.track_ids)
         _, depth = reproject(view.T_world_camera, points[known])
+        self._scale.passed(view.T_world_camera)
         self._pending_factor *= self._scale.factor(
             self._frame, view.T_world_camera, view.keypoints[known], depth, self._pending_factor
         )
