@@ -204,7 +204,9 @@ def test_an_image_that_comes_again_has_no_pose_and_costs_nothing():
     frames = [noisy_frame(i, rng) for i in range(30)]
     for i in range(15):
         odometry.step(frames[i], observe(world, poses[i]))
-    for i in range(15, 18):
+    held = odometry.step(replace(frames[14], index=15, timestamp_ns=frames[15].timestamp_ns), observe(world, poses[14]))
+    assert held.pose.is_stationary
+    for i in range(16, 18):
         hung = odometry.step(
             replace(frames[14], index=i, timestamp_ns=frames[i].timestamp_ns), observe(world, poses[14])
         )

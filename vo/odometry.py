@@ -55,6 +55,8 @@ from vo.window import View, Window, WindowChange, WindowJob, shared_rows
 IntArray = NDArray[np.int64]
 MatchFunction = Callable[[Features, Features], Matches]
 
+# The same image once more than this is a camera that hangs.
+_MAX_REPEATS = 1
 # Pose uncertainty of a frame that is posed by rotation alone, or held: translation unknown in the map's own unit.
 _UNKNOWN_TRANSLATION = np.diag([1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4])
 
@@ -138,6 +140,7 @@ class Odometry:
         self._pending_factor = 1.0
         self._frame: Frame | None = None
         self._has_unit = False
+        self._num_repeats = 0
         self._waits_for_window = waits_for_window
         self._window_is_stale = False
         self._refinement: _Refinement | None = None
@@ -181,7 +184,8 @@ class Odometry:
     def step(self, frame: Frame, features: Features) -> OdometryStep:
         """Poses the next frame. Expected failures come back as status and rejection, never as an exception."""
         self._num_steps += 1
-        if self._repeats(frame):
+        self._num_repeats = self._num_repeats + 1 if self._repeats(frame) else 0
+        if self._num_repeats > _MAX_REPEATS:
             return self._unposed_frame(frame, Rejection.REPEATED_IMAGE)
         self._frame = frame
         map_update = self._take_in_refinement(frame.index, frame.timestamp_ns)
@@ -191,9 +195,11 @@ class Odometry:
         return replace(step, map_update=map_update)
 
     def _repeats(self, frame: Frame) -> bool:
-        """Whether the camera delivers the very image of the frame before: it hangs, and what it saw since is unknown.
+        """Whether the camera delivers the very image of the frame before.
 
-        Sensors have noise: a camera that stands still never sends the same image twice. A black image tells nothing.
+        Sensors have noise: a camera that stands still never sends the same image twice. Now and then a driver does, and
+        the pose is held; where it goes on, the camera hangs, and where it is meanwhile nobody knows. A black image
+        tells nothing.
         """
         if self._frame is None or self._frame.image.shape != frame.image.shape:
             return False
