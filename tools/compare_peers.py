@@ -47,6 +47,7 @@ class Worker:
         flags = ["--method", method.name, "--source", source, "--frames", str(options.frames)]
         flags += ["--keypoints", str(options.keypoints), "--threads", str(options.threads)]
         flags += ["--opencv-aliked", options.opencv_aliked, "--opencv-lightglue", options.opencv_lightglue]
+        flags += [flag for pair in options.weights for flag in ("--weights", pair)]
         command = [sys.executable, str(TOOLS / "peer_worker.py"), *flags]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(
@@ -123,6 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=13.0, help="for everything (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every method")
     parser.add_argument("--opencv-aliked", default="", metavar="F", help="ALIKED as ONNX, for OpenCV")
+    parser.add_argument(
+        "--weights", action="append", default=[], metavar="METHOD=FILE", help="of ours without weights; repeatable"
+    )
     parser.add_argument("--opencv-lightglue", default="", metavar="F", help="LightGlue as ONNX, for OpenCV")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser

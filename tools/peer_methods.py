@@ -12,13 +12,19 @@ import torch
 
 from frontends.aliked import AlikedConfig
 from frontends.base import Extractor, Matcher
-from frontends.frontend import create_extractor, create_matcher, matcher_weights
+from frontends.followed_points import FollowedConfig
+from frontends.frontend import ExtractorConfig, matcher_weights
 from frontends.lightglue import LightGlueConfig
+from frontends.loftr import LoftrConfig
 from frontends.nearest import NearestConfig
 from frontends.orb import OrbConfig
+from frontends.r2d2 import R2d2Config
 from frontends.weights import load_state_dict
 from frontends.xfeat import XFeatConfig
+from frontends.xfeat_star import XFeatStarConfig
 from vo.bench_peers import KorniaExtractor, KorniaLightGlue, OpenCvExtractor, OpenCvMatcher
+from vo.config import FrontendConfig
+from vo.frontend import create_frontend
 from vo.types import WeightsError
 
 
@@ -31,11 +37,17 @@ class Options:
     """What all methods share.
 
     aliked_model, lightglue_model   ONNX files for OpenCV's own networks; empty where there are none.
+    weights                         (method, file) of ours that come without weights.
     """
 
     max_keypoints: int
     aliked_model: str = ""
     lightglue_model: str = ""
+    weights: tuple[tuple[str, str], ...] = ()
+
+    def weights_of(self, method: str) -> str | None:
+        """The file given for a method that has no weights of its own."""
+        return dict(self.weights).get(method)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +60,11 @@ class Method:
 
 
 def _ours(
-    extractor: AlikedConfig | XFeatConfig | OrbConfig, matcher: LightGlueConfig | NearestConfig
+    extractor: ExtractorConfig, matcher: LightGlueConfig | NearestConfig | FollowedConfig
 ) -> tuple[Extractor, Matcher]:
-    device = torch.device("cpu")
     try:
-        made = create_extractor(extractor, device).extractor
-        return made, create_matcher(matcher, made.kind, device).matcher
+        frontend = create_frontend(FrontendConfig(extractor=extractor, matcher=matcher), torch.device("cpu"))
+        return frontend.extractor, frontend.matcher
     except WeightsError as error:
         raise NotHere(str(error)) from error
 
@@ -68,6 +79,28 @@ def _our_xfeat(options: Options) -> tuple[Extractor, Matcher]:
 
 def _our_orb(options: Options) -> tuple[Extractor, Matcher]:
     return _ours(OrbConfig(max_keypoints=options.max_keypoints), NearestConfig())
+
+
+def _our_r2d2(options: Options) -> tuple[Extractor, Matcher]:
+    weights = options.weights_of("ours-r2d2")
+    if weights is None:
+        raise NotHere("has no weights that may be passed on; give --weights ours-r2d2=FILE (tools/train_r2d2.py)")
+    config = R2d2Config(max_keypoints=options.max_keypoints, max_side=640, min_side=640, weights=weights)
+    return _ours(config, NearestConfig())
+
+
+def _our_loftr(options: Options) -> tuple[Extractor, Matcher]:
+    weights = options.weights_of("ours-loftr")
+    if weights is None:
+        raise NotHere("needs kornia and a checkpoint; give --weights ours-loftr=FILE")
+    return _ours(LoftrConfig(weights=weights), FollowedConfig())
+
+
+def _our_xfeat_star(options: Options) -> tuple[Extractor, Matcher]:
+    weights = options.weights_of("ours-xfeat-star")
+    if weights is None:
+        raise NotHere("needs the fine matcher of xfeat.pt; give --weights ours-xfeat-star=FILE")
+    return _ours(XFeatStarConfig(weights=weights), FollowedConfig())
 
 
 def _kornia(config: AlikedConfig | XFeatConfig, weights: str) -> tuple[Extractor, Matcher]:
@@ -137,4 +170,7 @@ METHODS = (
     Method("ours-orb", "ORB + mutual nearest", _our_orb),
     Method("opencv-orb", f"ORB + brute force, OpenCV {cv2.__version__}", _opencv_orb),
     Method("opencv-sift", f"SIFT + brute force, OpenCV {cv2.__version__}", _opencv_sift),
+    Method("ours-xfeat-star", "XFeat*, followed points", _our_xfeat_star),
+    Method("ours-r2d2", "R2D2 + mutual nearest", _our_r2d2),
+    Method("ours-loftr", "LoFTR, followed points", _our_loftr),
 )

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = open_source(options.source)
         frames = list(islice(source.frames(), options.frames))
         truth = read_truth(source, frames)
-        settings = Options(options.keypoints, options.opencv_aliked, options.opencv_lightglue)
+        weights = tuple(pair.partition("=")[::2] for pair in options.weights)
+        settings = Options(options.keypoints, options.opencv_aliked, options.opencv_lightglue, weights)
         extractor, matcher = method.create(settings)
     except NotHere as reason:
         say({"not_here": str(reason)})
@@ -75,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--keypoints", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--opencv-aliked", default="")
+    parser.add_argument("--weights", action="append", default=[])
     parser.add_argument("--opencv-lightglue", default="")
     return parser
 
@@ -115,7 +118,7 @@ def lap(
                 times_ms["two_view"].append(two_view_ms)
             clock.spent_ms = 0.0
             # The odometry matches for itself: fresh objects, so that a matcher finds nothing that it kept.
-            again = Features(*(getattr(features, name) for name in Features.__dataclass_fields__))
+            again = replace(features)
             step_ms = time_call(lambda f=frame, a=again: steps.append(odometry.step(f, a)), CPU)
             times_ms["track"].append(step_ms - clock.spent_ms)
             times_ms["frame"].append(extract_ms + step_ms)
