@@ -57,6 +57,8 @@ MatchFunction = Callable[[Features, Features], Matches]
 
 # The same image once more than this is a camera that hangs.
 _MAX_REPEATS = 1
+# Dead tracks are cleared away once in so many frames: looking for them takes longer than a frame makes.
+_PRUNE_EVERY = 5
 # Pose uncertainty of a frame that is posed by rotation alone, or held: translation unknown in the map's own unit.
 _UNKNOWN_TRANSLATION = np.diag([1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4])
 
@@ -731,6 +733,8 @@ class Odometry:
     def _observe(self, view: View) -> None:
         """Enters the frame into the track table; what has no track yet begins one."""
         view.track_ids = self._tracks.observe(view.frame_index, view.track_ids, view.keypoints, view.colors).copy()
+        if self._num_steps % _PRUNE_EVERY:
+            return
         others = [other.track_ids for other in (self._previous, self._still_reference) if other is not None]
         self._tracks.prune(np.concatenate([self._window.seen_ids(self._tracks), *others, view.track_ids]))
 
