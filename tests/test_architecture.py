@@ -38,6 +38,7 @@ LAYERS = (
         "vo.window",
         "vo.scale",
         "vo.scale_source",
+        "vo.posing",
         "vo.inbox",
         "vo.message_stream",
         "vo.preview",

@@ -8,7 +8,6 @@ RELOCALIZED   the first frame found again in the same map.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -20,23 +19,18 @@ from vo.bundle import WindowSolution, corrected_rays
 from vo.config import OdometryConfig, RelativeScaleConfig, TwoViewConfig
 from vo.geometry import (
     AbsolutePose,
-    essential_matrix,
     estimate_absolute_pose,
     estimate_first_pose,
-    estimate_relative_pose,
     fit_rotation,
     invert_pose,
     make_pose,
     parallax,
     ray_depths,
-    refine_absolute_pose,
     reproject,
     rotation_angle,
-    sampson_distance,
-    transform,
-    translation_scale,
     undistort,
 )
+from vo.posing import MatchFunction, Motion, Posed, Poser
 from vo.scale_source import ScaleSource
 from vo.tracks import TrackTable
 from vo.types import (
@@ -53,7 +47,6 @@ from vo.types import (
 from vo.window import View, Window, WindowChange, WindowJob, shared_rows
 
 IntArray = NDArray[np.int64]
-MatchFunction = Callable[[Features, Features], Matches]
 
 # The same image once more than this is a camera that hangs.
 _MAX_REPEATS = 1
@@ -73,27 +66,6 @@ class OdometryStep:
     tracks: FrameTracks
     matches: Matches | None = None
     map_update: MapUpdate | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Motion:
-    """How the camera moved since the previous frame, up to scale: matches (M, 2) that agree, and the relative pose.
-
-    T_previous_current has unit translation, or none where `rejection` says why.
-    """
-
-    pairs: IntArray
-    T_previous_current: FloatArray
-    rejection: Rejection | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Posed:
-    """A frame's pose with the features (N,) that turned out not to belong to their track."""
-
-    pose: AbsolutePose
-    num_inliers: int
-    wrong_rows: IntArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +101,7 @@ class Odometry:
         self._two_view = two_view
         self._match = match
         self._tracks = TrackTable()
+        self._poser = Poser(camera.focal_px, config, two_view, match, self._tracks)
         self._window = Window(config, camera.focal_px)
         self._status = TrackingStatus.INITIALIZING
         self._previous: View | None = None
@@ -225,7 +198,7 @@ class Odometry:
         if len(matches) < self._config.min_matches:
             return self._recover(view, matches, Rejection.TOO_FEW_MATCHES)
         if self._status is TrackingStatus.INITIALIZING:
-            motion = self._relative_motion(view, matches)
+            motion = self._poser.relative_motion(view, self._previous, matches)
             self._extend(view, self._previous, motion.pairs)
             return self._initialize(view, matches, motion)
         return self._follow(view, self._previous, matches)
@@ -243,7 +216,7 @@ class Odometry:
         self._num_lost = 0
         return self._posed_step(view, None, is_keyframe=True, covariance=np.zeros((6, 6)))
 
-    def _initialize(self, view: View, matches: Matches, motion: _Motion) -> OdometryStep:
+    def _initialize(self, view: View, matches: Matches, motion: Motion) -> OdometryStep:
         """Starts the map once the first keyframe and this frame see enough tracks under enough parallax."""
         origin = self._window.keyframes[0]
         rows0, rows1 = shared_rows(origin.track_ids, view.track_ids)
@@ -303,7 +276,7 @@ class Odometry:
         self,
         view: View,
         matches: Matches,
-        motion: _Motion,
+        motion: Motion,
         relative: RelativePose | Rejection,
         rows0: IntArray,
         rows1: IntArray,
@@ -340,22 +313,6 @@ class Odometry:
 
     # --- tracking ---------------------------------------------------------------------------------------------------
 
-    def _relative_motion(self, view: View, matches: Matches) -> _Motion:
-        """Two-view geometry between the previous frame and this one; sorts out the matches that cannot be right."""
-        if self._previous is None:
-            raise ValueError("no previous frame")
-        rows0, rows1 = matches.indices[:, 0], matches.indices[:, 1]
-        rays0, rays1 = self._previous.rays[rows0], view.rays[rows1]
-        relative = estimate_relative_pose(rays0, rays1, self._camera.focal_px, self._two_view)
-        if isinstance(relative, RelativePose):
-            return _Motion(matches.indices[relative.inliers], relative.T_camera0_camera1, None)
-        threshold = self._two_view.threshold_px / self._camera.focal_px
-        R = fit_rotation(rays0, rays1, threshold)
-        keep = np.ones(len(rays0), np.bool_)
-        if relative in (Rejection.LOW_PARALLAX, Rejection.PURE_ROTATION):
-            keep = parallax(rays0, rays1, R) < 3 * threshold
-        return _Motion(matches.indices[keep], make_pose(R, np.zeros(3)), relative)
-
     def _extend(self, view: View, previous: View, pairs: IntArray) -> None:
         """Lets the features of `view` go on with the tracks of the features (M, 2) they are paired with."""
         view.track_ids[:] = -1
@@ -364,24 +321,26 @@ class Odometry:
     def _follow(self, view: View, previous: View, matches: Matches) -> OdometryStep:
         """Poses a frame against the landmarks its tracks carry: from the last motion, else from two-view geometry."""
         self._extend(view, previous, matches.indices)
-        posed: _Posed | Rejection | None = self._pose_by_prior(view, previous, matches)
+        posed: Posed | Rejection | None = self._poser.by_prior(view, previous, matches, self._last_motion)
         if posed is None:
-            motion = self._relative_motion(view, matches)
+            motion = self._poser.relative_motion(view, previous, matches)
             self._extend(view, previous, motion.pairs)
-            posed = self._pose_by_motion(view, motion)
+            posed = self._poser.by_motion(view, previous, motion, self._last_motion)
         if isinstance(posed, Rejection):
             return self._recover(view, matches, posed)
         view.T_world_camera = posed.pose.T_world_camera
         view.track_ids[posed.wrong_rows] = -1
         is_stationary = self._is_still(view)
         if not is_stationary:
-            posed = self._reconnect(view, posed)
+            others = [keyframe for keyframe in self._window.keyframes if keyframe is not previous]
+            count = self._config.reconnect_keyframes
+            posed = self._poser.reconnect(view, others[::-1][:count], posed)
         if is_stationary and self._still_reference is not None:
             view.T_world_camera = self._still_reference.T_world_camera
         self._observe(view)
         is_keyframe = not is_stationary and self._needs_keyframe(view, posed.num_inliers)
         if is_keyframe:
-            self._revisit(view)
+            self._window.revisit(view, self._tracks, self._match)
             self._window.add(view, self._tracks)
             self._window_is_stale = True
             self._read_scale(view)
@@ -395,120 +354,6 @@ class Odometry:
             is_stationary=is_stationary,
             covariance=posed.pose.covariance,
         )
-
-    def _reconnect(self, view: View, posed: _Posed) -> _Posed:
-        """Finds tracks again that the previous frame missed, by matching to keyframes, and refines the pose with them.
-
-        A detector does not find every point in every frame; without this a track dies of one miss.
-        """
-        others = [keyframe for keyframe in self._window.keyframes if keyframe is not self._previous]
-        num_found = sum(self._rejoin(view, keyframe) for keyframe in others[-self._config.reconnect_keyframes :][::-1])
-        if self._config.reconnect_keyframes == 0 or num_found == 0:
-            return posed
-        points, has_landmark = self._tracks.landmarks(view.track_ids)
-        rows = np.flatnonzero(has_landmark)
-        pose = refine_absolute_pose(
-            view.T_world_camera,
-            points[rows],
-            view.rays[rows],
-            self._camera.focal_px,
-            self._config.pose_threshold_px,
-        )
-        if not self._is_good(pose):
-            return posed
-        view.T_world_camera = pose.T_world_camera
-        view.track_ids[rows[~pose.inliers]] = -1
-        return _Posed(pose, int(pose.inliers.sum()), rows[~pose.inliers])
-
-    def _rejoin(self, view: View, keyframe: View) -> int:
-        """Extends tracks of the keyframe that `view` has lost, where geometry and landmark agree; returns how many."""
-        matches = self._match(keyframe.features, view.features)
-        rows0, rows1 = matches.indices[:, 0], matches.indices[:, 1]
-        ids = keyframe.track_ids[rows0]
-        is_open = (view.track_ids[rows1] < 0) & (ids >= 0) & ~np.isin(ids, view.track_ids)
-        rows0, rows1, ids = rows0[is_open], rows1[is_open], ids[is_open]
-        if len(ids) == 0:
-            return 0
-        focal_px = self._camera.focal_px
-        E = essential_matrix(invert_pose(keyframe.T_world_camera) @ view.T_world_camera)
-        off_line_px = np.abs(sampson_distance(E, keyframe.rays[rows0], view.rays[rows1])) * focal_px
-        points, has_landmark = self._tracks.landmarks(ids)
-        projected, depth = reproject(view.T_world_camera, points)
-        off_point_px = np.linalg.norm(projected - view.rays[rows1], axis=1) * focal_px
-        agrees = np.where(
-            has_landmark,
-            (off_point_px < self._config.pose_threshold_px) & (depth > 0),
-            off_line_px < 1.5 * self._two_view.threshold_px,
-        )
-        view.track_ids[rows1[agrees]] = ids[agrees]
-        return int(agrees.sum())
-
-    def _pose_by_prior(self, view: View, previous: View, matches: Matches) -> _Posed | None:
-        """Refines constant velocity or standing still; None unless a clear majority of the landmarks agrees.
-
-        The pose then judges the matches without a landmark, which saves the essential matrix in most frames.
-        """
-        points, has_landmark = self._tracks.landmarks(view.track_ids)
-        rows = np.flatnonzero(has_landmark)
-        if len(rows) < 2 * self._config.min_inliers:
-            return None
-        points, rays = points[rows], view.rays[rows]
-        guesses = [previous.T_world_camera @ self._last_motion, previous.T_world_camera]
-        guess = min(guesses, key=lambda T: _median_error(T, points, rays))
-        pose = refine_absolute_pose(guess, points, rays, self._camera.focal_px, self._config.pose_threshold_px)
-        num_inliers = int(pose.inliers.sum())
-        if num_inliers < max(2 * self._config.min_inliers, self._config.prior_inlier_ratio * len(rows)):
-            return None
-        bare = ~has_landmark[matches.indices[:, 1]]
-        rows0, rows1 = matches.indices[bare, 0], matches.indices[bare, 1]
-        T_previous_current = invert_pose(previous.T_world_camera) @ pose.T_world_camera
-        agrees = self._agrees(T_previous_current, previous.rays[rows0], view.rays[rows1])
-        return _Posed(pose, num_inliers, np.concatenate([rows[~pose.inliers], rows1[~agrees]]))
-
-    def _agrees(self, T_camera0_camera1: FloatArray, rays0: FloatArray, rays1: FloatArray) -> NDArray[np.bool_]:
-        """Whether matches (M,) fit a relative pose: near the epipolar line, or where the rotation alone takes them."""
-        threshold = 2 * self._two_view.threshold_px / self._camera.focal_px
-        agrees = parallax(rays0, rays1, T_camera0_camera1[:3, :3]) < threshold
-        if np.linalg.norm(T_camera0_camera1[:3, 3]) > 0:
-            agrees |= np.abs(sampson_distance(essential_matrix(T_camera0_camera1), rays0, rays1)) < threshold
-        return agrees
-
-    def _pose_by_motion(self, view: View, motion: _Motion) -> _Posed | Rejection:
-        """Refines the best of several guesses; without a good one, poses from scratch."""
-        points, has_landmark = self._tracks.landmarks(view.track_ids)
-        rows = np.flatnonzero(has_landmark)
-        points, rays, focal_px = points[rows], view.rays[rows], self._camera.focal_px
-        threshold_px, min_inliers = self._config.pose_threshold_px, self._config.min_inliers
-        if len(rows) < min_inliers:
-            return Rejection.TOO_FEW_MATCHES
-        guesses = self._guesses(motion, points, rays)
-        guess = min(guesses, key=lambda T: _median_error(T, points, rays))
-        pose: AbsolutePose | Rejection = refine_absolute_pose(guess, points, rays, focal_px, threshold_px)
-        if not self._is_good(pose):
-            pose = estimate_absolute_pose(points, rays, focal_px, threshold_px, min_inliers)
-        if isinstance(pose, Rejection):
-            return pose
-        if not self._is_good(pose):
-            return Rejection.TOO_FEW_INLIERS
-        return _Posed(pose, int(pose.inliers.sum()), rows[~pose.inliers])
-
-    def _guesses(self, motion: _Motion, points: FloatArray, rays: FloatArray) -> list[FloatArray]:
-        """Constant velocity, the essential matrix with the landmarks' scale, and the rotation alone."""
-        T_world_previous = self._previous_pose()
-        T = motion.T_previous_current
-        guesses = [T_world_previous @ self._last_motion, T_world_previous @ make_pose(T[:3, :3], np.zeros(3))]
-        if motion.rejection is None:
-            scale = translation_scale(T, transform(invert_pose(T_world_previous), points), rays)
-            if scale is not None:
-                guesses.append(T_world_previous @ make_pose(T[:3, :3], T[:3, 3] * scale))
-        return guesses
-
-    def _is_good(self, pose: AbsolutePose | Rejection) -> bool:
-        if isinstance(pose, Rejection):
-            return False
-        num_inliers = int(pose.inliers.sum())
-        enough = max(self._config.min_inliers, self._config.min_inlier_ratio * len(pose.inliers))
-        return num_inliers >= enough
 
     def _is_still(self, view: View) -> bool:
         """Whether the image has not moved since the last frame that did, so that slow creeping still adds up."""
@@ -623,45 +468,6 @@ class Odometry:
             landmark_colors=self._tracks.colors(change.landmark_ids),
             removed_landmark_ids=change.removed_ids.copy(),
         )
-
-    def _revisit(self, view: View) -> None:
-        """Ties a new keyframe to an older one whose landmarks come into sight again, so that drift stays small.
-
-        A landmark that was triangulated anew meanwhile becomes one with the old one; the window then moves to fit.
-        """
-        keyframe = self._window.older_view_of(view, self._tracks)
-        if keyframe is None:
-            return
-        matches = self._match(keyframe.features, view.features)
-        rows0, rows1 = matches.indices[:, 0], matches.indices[:, 1]
-        points, known = self._tracks.landmarks(keyframe.track_ids[rows0])
-        rows0, rows1, points = rows0[known], rows1[known], points[known]
-        min_inliers = 2 * self._config.min_inliers
-        focal_px, threshold_px = self._camera.focal_px, self._config.pose_threshold_px
-        pose = estimate_absolute_pose(points, view.rays[rows1], focal_px, threshold_px, min_inliers)
-        if isinstance(pose, Rejection) or pose.inliers.sum() < 0.5 * len(points):
-            return
-        rows0, rows1 = rows0[pose.inliers], rows1[pose.inliers]
-        self._unite(keyframe.track_ids[rows0], view, rows1)
-
-    def _unite(self, old_ids: IntArray, view: View, rows: IntArray) -> None:
-        """Gives features (N,) of `view`, and all that belongs to their tracks, the tracks they turned out to be."""
-        fresh = ~np.isin(old_ids, view.track_ids)
-        old_ids, rows = old_ids[fresh], rows[fresh]
-        new_ids = view.track_ids[rows]
-        view.track_ids[rows] = old_ids
-        order = np.argsort(new_ids)
-        new_ids, old_ids = new_ids[order], old_ids[order]
-        started = new_ids >= 0
-        new_ids, old_ids = new_ids[started], old_ids[started]
-        if len(new_ids) == 0:
-            return
-        for other in (*self._window.keyframes, *self._window.older):
-            at = np.minimum(np.searchsorted(new_ids, other.track_ids), len(new_ids) - 1)
-            renamed = (new_ids[at] == other.track_ids) & ~np.isin(old_ids[at], other.track_ids)
-            other.track_ids[renamed] = old_ids[at[renamed]]
-        _, had_landmark = self._tracks.landmarks(new_ids)
-        self._tracks.drop_landmarks(new_ids[had_landmark])
 
     # --- loss and recovery ------------------------------------------------------------------------------------------
 
@@ -829,9 +635,3 @@ def _regional_shifts(
         if np.count_nonzero(region == number) >= 8
     ]
     return np.array(lengths)
-
-
-def _median_error(T_world_camera: FloatArray, points: FloatArray, rays: FloatArray) -> float:
-    projected, depth = reproject(T_world_camera, points)
-    errors = np.linalg.norm(projected - rays, axis=1)
-    return float(np.median(np.where(depth > 0, errors, np.inf)))

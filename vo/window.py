@@ -6,6 +6,7 @@ Nothing here runs by itself: `job` freezes what is to be refined, `WindowJob.sol
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,12 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from frontends.base import Features
+from frontends.base import Features, Matches
 from vo.bundle import RadialPrior, WindowProblem, WindowSolution, corrected_rays, optimize_window
 from vo.config import OdometryConfig
-from vo.geometry import invert_pose, reproject, reproject_each, rotation_angle, transform, triangulate
+from vo.geometry import (
+    estimate_absolute_pose,
+    invert_pose,
+    reproject,
+    reproject_each,
+    rotation_angle,
+    transform,
+    triangulate,
+)
 from vo.tracks import TrackTable
-from vo.types import FloatArray
+from vo.types import FloatArray, Rejection
 
 IntArray = NDArray[np.int64]
 
@@ -143,6 +152,45 @@ class Window:
             if count - already > best_count and already < count // 2:
                 best, best_count = keyframe, count - already
         return best
+
+    def revisit(self, view: View, tracks: TrackTable, match: Callable[[Features, Features], Matches]) -> None:
+        """Ties a new keyframe to an older one whose landmarks come into sight again, so that drift stays small.
+
+        A landmark that was triangulated anew meanwhile becomes one with the old one; the window then moves to fit.
+        """
+        keyframe = self.older_view_of(view, tracks)
+        if keyframe is None:
+            return
+        matches = match(keyframe.features, view.features)
+        rows0, rows1 = matches.indices[:, 0], matches.indices[:, 1]
+        points, known = tracks.landmarks(keyframe.track_ids[rows0])
+        rows0, rows1, points = rows0[known], rows1[known], points[known]
+        min_inliers = 2 * self._config.min_inliers
+        focal_px, threshold_px = self._focal_px, self._config.pose_threshold_px
+        pose = estimate_absolute_pose(points, view.rays[rows1], focal_px, threshold_px, min_inliers)
+        if isinstance(pose, Rejection) or pose.inliers.sum() < 0.5 * len(points):
+            return
+        rows0, rows1 = rows0[pose.inliers], rows1[pose.inliers]
+        self._unite(keyframe.track_ids[rows0], view, rows1, tracks)
+
+    def _unite(self, old_ids: IntArray, view: View, rows: IntArray, tracks: TrackTable) -> None:
+        """Gives features (N,) of `view`, and all that belongs to their tracks, the tracks they turned out to be."""
+        fresh = ~np.isin(old_ids, view.track_ids)
+        old_ids, rows = old_ids[fresh], rows[fresh]
+        new_ids = view.track_ids[rows]
+        view.track_ids[rows] = old_ids
+        order = np.argsort(new_ids)
+        new_ids, old_ids = new_ids[order], old_ids[order]
+        started = new_ids >= 0
+        new_ids, old_ids = new_ids[started], old_ids[started]
+        if len(new_ids) == 0:
+            return
+        for other in (*self.keyframes, *self.older):
+            at = np.minimum(np.searchsorted(new_ids, other.track_ids), len(new_ids) - 1)
+            renamed = (new_ids[at] == other.track_ids) & ~np.isin(old_ids[at], other.track_ids)
+            other.track_ids[renamed] = old_ids[at[renamed]]
+        _, had_landmark = tracks.landmarks(new_ids)
+        tracks.drop_landmarks(new_ids[had_landmark])
 
     def _num_in_sight(self, view: View, points: FloatArray, T_world_keyframe: FloatArray) -> int:
         """How many points should be within `view`'s image, at a size that still looks the same."""
