@@ -14,7 +14,7 @@ MODULES = sorted(path.relative_to(ROOT) for package in ("vo", "frontends") for p
 # Lower layers never import higher ones; modules of one layer may know each other.
 LAYERS = (
     {"vo.types", "frontends"},
-    {"vo.config", "vo.geometry", "vo.output", "vo.channel", "vo.wire", "vo.endpoints", "vo.keys"},
+    {"vo.config", "vo.geometry", "vo.output", "vo.channel", "vo.wire", "vo.endpoints", "vo.keys", "vo.samples"},
     {
         "vo.config_loader",
         "vo.messages",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Callable, Sequence
 
 from frontends.base import Features, Matches
 from vo.odometry import OdometryStep
+from vo.samples import Samples
 from vo.sources import SkippedFrame
 from vo.summary import RunSummary, UsedWeights, latency_percentiles, library_versions, stage_times
 from vo.types import TrackingStatus
@@ -16,7 +16,7 @@ STAGES = ("capture", "extract", "match", "track", "publish")
 
 
 class RunMeter:
-    """Collects while the stages run, each value from one thread only.
+    """Collects while the stages run, each value from one thread only, in bounded memory however long the run is.
 
     Times are in ms. "track" is the odometry without the matching that it asks for. `summary` may be asked for at any
     time: what it says is what has been delivered so far.
@@ -32,11 +32,11 @@ class RunMeter:
         self.num_lost_episodes = 0
         self.num_stationary = 0
         self.scale_source = "relative"
-        self.stages_ms = {stage: array("d") for stage in STAGES}
-        self.latencies_ms = array("d")
-        self.num_matches = array("d")
-        self.num_inliers = array("d")
-        self.stop_layers = array("d")
+        self.stages_ms = {stage: Samples() for stage in STAGES}
+        self.latencies_ms = Samples()
+        self.num_matches = Samples()
+        self.num_inliers = Samples()
+        self.stop_layers = Samples()
         self.radial_distortion = 0.0
         self._was_lost = False
         self._match_ns = 0
@@ -114,17 +114,17 @@ class RunMeter:
             frames_read=self.num_read,
             frames_processed=self.num_processed,
             frames_dropped=self.num_dropped,
-            frames_skipped=sum(not skipped.is_kept for skipped in self.skipped),
+            frames_skipped=sum(skipped.count for skipped in self.skipped if not skipped.is_kept),
             poses=self.num_poses,
             keyframes=self.num_keyframes,
             lost_episodes=self.num_lost_episodes,
             stationary_frames=self.num_stationary,
             fps=self.fps,
-            latency_ms=latency_percentiles(self.latencies_ms),
+            latency_ms=latency_percentiles(self.latencies_ms, self.latencies_ms.maximum),
             stages=stage_times(self.stages_ms),
-            mean_matches=_mean(self.num_matches),
-            mean_inliers=_mean(self.num_inliers),
-            mean_stop_layer=_mean(self.stop_layers),
+            mean_matches=self.num_matches.mean,
+            mean_inliers=self.num_inliers.mean,
+            mean_stop_layer=self.stop_layers.mean,
             scale_source=self.scale_source,
             radial_distortion=self.radial_distortion,
             device=device,
@@ -132,7 +132,3 @@ class RunMeter:
             weights=weights,
             fallbacks=fallbacks,
         )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if len(values) else None

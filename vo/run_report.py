@@ -102,7 +102,7 @@ def report_lines(
         f"speed       {s.fps:.1f} fps with {frontend} on {s.device}{_latency(s)}",
         f"per frame   {_means(s)}median ms: {', '.join(f'{stage.name} {stage.p50_ms:.1f}' for stage in s.stages)}",
         *(f"skipped     {frame.name}: {frame.reason}" for frame in skipped[:_MAX_LISTED]),
-        *([f"skipped     and {len(skipped) - _MAX_LISTED} more"] if len(skipped) > _MAX_LISTED else []),
+        *([f"skipped     and {num_more} more"] if (num_more := sum(s.count for s in skipped[_MAX_LISTED:])) else []),
         *(f"fallback    {fallback}" for fallback in s.fallbacks),
     ]
     if s.evaluation is not None:

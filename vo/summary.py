@@ -106,12 +106,12 @@ def summary_json(summary: RunSummary) -> str:
     return json.dumps(tree, indent=2, allow_nan=False) + "\n"
 
 
-def latency_percentiles(latencies_ms: Sequence[float]) -> LatencyMs | None:
-    """Percentiles by linear interpolation; None of nothing."""
+def latency_percentiles(latencies_ms: Sequence[float], maximum_ms: float | None = None) -> LatencyMs | None:
+    """Percentiles by linear interpolation; None of nothing. `maximum_ms` where the values are a sample of more."""
     if not len(latencies_ms):
         return None
     p50, p95, p99 = np.percentile(latencies_ms, (50, 95, 99)).tolist()
-    return LatencyMs(p50, p95, p99, float(max(latencies_ms)))
+    return LatencyMs(p50, p95, p99, float(max(latencies_ms) if maximum_ms is None else maximum_ms))
 
 
 def stage_times(times_ms: Mapping[str, Sequence[float]]) -> tuple[StageTime, ...]:

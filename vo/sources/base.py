@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,12 +15,37 @@ class SkippedFrame:
     """What could not be read: the frame's index, the file, and why.
 
     is_kept  the frame itself was delivered; only its depth image, or its right one, was left out.
+    count    how many frames it stands for: a source that never ends lists the first ones, and counts the others.
     """
 
     index: int
     name: str
     reason: str
     is_kept: bool = False
+    count: int = 1
+
+
+class SkipLog:
+    """What a source could not read, in bounded memory: the first `max_listed` one by one, then counted by reason."""
+
+    def __init__(self, max_listed: int = 100) -> None:
+        self._max_listed = max_listed
+        self._listed: list[SkippedFrame] = []
+        self._counted: dict[tuple[str, bool], SkippedFrame] = {}
+
+    def add(self, skipped: SkippedFrame) -> None:
+        """Notes one more. Reasons must not name single frames: each different one is kept."""
+        if len(self._listed) < self._max_listed:
+            self._listed.append(skipped)
+            return
+        key = (skipped.reason, skipped.is_kept)
+        known = self._counted.get(key)
+        self._counted[key] = (
+            replace(skipped, name="later frames") if known is None else replace(known, count=known.count + 1)
+        )
+
+    def entries(self) -> tuple[SkippedFrame, ...]:
+        return (*self._listed, *self._counted.values())
 
 
 class Source(Protocol):
