@@ -107,6 +107,7 @@ def test_every_pose_of_the_run_as_json(publisher: Publisher, capsys: pytest.Capt
         "num_inliers": 321,
         "is_keyframe": True,
         "is_stationary": False,
+        "stop_layer": 0,
     }
     assert capsys.readouterr().err == "vo listen: the run is over: finished\n"
 
@@ -117,6 +118,8 @@ def test_lines_for_people() -> None:
         "pose 9 frame 1 t 0.033 s tracking xyz 0.100 -2.500 4.000 q 0.0000 0.0000 0.7071 0.7071 "
         "inliers 321/400 keyframe"
     )
+    layered = as_text_line(a_message(Topic.POSE, dataclasses.replace(a_pose(1), stop_layer=3)))
+    assert " ".join(layered.split()).endswith("inliers 321/400 layers 3 keyframe")
     lost = PoseEstimate(1, 33_333_333, None, TrackingStatus.LOST, rejection=Rejection.TOO_FEW_MATCHES)
     assert as_text_line(a_message(Topic.POSE, lost)).endswith("lost          inliers 0/0  too_few_matches")
     tracks = as_text_line(a_message(Topic.TRACKS, some_tracks(1)))

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 from wire_samples import (
+    ADDED_KEYS,
     PUBLISH_TIME_NS,
     a_message,
     a_pose,
@@ -139,11 +140,20 @@ def test_golden_pose_is_what_the_specification_says() -> None:
         "num_inliers": 321,
         "is_keyframe": True,
         "is_stationary": False,
+        "stop_layer": 3,
     }
     assert arrays["position_xyz"] == ([3], [1.5, -2.25, 4.0])
     assert arrays["quat_xyzw"] == ([4], pytest.approx([0, 0, math.sqrt(0.5), math.sqrt(0.5)]))
     assert arrays["T_world_camera"] == ([4, 4], [0, -1, 0, 1.5, 1, 0, 0, -2.25, 0, 0, 1, 4, 0, 0, 0, 1])
     assert arrays["covariance"][1][::7] == [value / 1024 for value in (1, 2, 3, 4, 5, 6)]
+
+
+def test_a_pose_of_an_older_publisher_is_read() -> None:
+    """These are the golden bytes of `pose` from before keys were added to it."""
+    older = bytes.fromhex("".join(json.loads(GOLDEN_FILE.read_text())["pose_before_added_keys"]))
+    _, header, _ = read_by_the_book(older)
+    assert header.keys() == read_by_the_book(encode(golden_messages()["pose"]))[1].keys() - ADDED_KEYS["pose"]
+    assert same(decode(older).body, dataclasses.replace(a_pose(), stop_layer=0))
 
 
 def test_lost_pose_carries_no_pose() -> None:
@@ -203,6 +213,7 @@ def poses(draw: st.DrawFn) -> PoseEstimate:
         is_stationary=draw(st.booleans()),
         segment_id=draw(counts),
         scale_source=draw(st.text(max_size=60)),
+        stop_layer=draw(counts),
     )
 
 

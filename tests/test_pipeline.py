@@ -98,6 +98,7 @@ def test_threads_and_loop_give_the_same_trajectory() -> None:
         assert one.pose.status is other.pose.status
         assert np.array_equal(one.pose.T_world_camera, other.pose.T_world_camera)
         assert np.array_equal(one.tracks.track_ids, other.tracks.track_ids)
+    assert [step.pose.stop_layer for step in in_threads] == [0] + [2] * (NUM_FRAMES - 1)
 
 
 def test_the_run_follows_the_drive() -> None:

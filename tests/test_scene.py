@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from dataclasses import replace
@@ -398,6 +399,10 @@ def test_a_run_is_shown_and_another_begins_anew():
     text = "\n".join(line.text for line in live.lines(Link("tcp://x", is_heard=True)))
     for part in ("TRACKING", "frame 39", "150 inliers of 200", "40 poses", "4 keyframes", "400 landmarks", "relative"):
         assert part in text
+    assert "layer" not in text
+    accept(live, dataclasses.replace(a_pose(39), stop_layer=4))
+    text_of_figures = [line.text for line in live.lines(Link("tcp://x", is_heard=True))]
+    assert "150 inliers of 200 matches    200 tracks    stop layer 4" in text_of_figures
     assert "truth: Sim(3) of 40 poses, 1 m = 1 units" in text
     chunks = drawn(live.scene)
     np.testing.assert_allclose(chunks["landmarks/0"].colors[0] * 255, LANDMARK_COLOR, atol=1e-3)

@@ -29,6 +29,8 @@ from vo.messages import (
 )
 from vo.types import Camera, FrameTracks, PoseEstimate, Rejection, TrackingStatus
 
+# What the topics have gained within version 1; publishers from before leave it out.
+ADDED_KEYS = {"pose": {"stop_layer"}}
 PUBLISH_TIME_NS = 1_767_225_600_123_456_789
 
 
@@ -47,6 +49,7 @@ def a_pose(frame_index: int = 7, status: TrackingStatus = TrackingStatus.TRACKIN
         num_inliers=3 if is_lost else 321,
         is_keyframe=not is_lost,
         segment_id=2,
+        stop_layer=0 if is_lost else 3,
     )
 
 

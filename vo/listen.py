@@ -285,6 +285,7 @@ def _pose_fields(pose: PoseEstimate) -> dict[str, object]:
         "num_inliers": pose.num_inliers,
         "is_keyframe": pose.is_keyframe,
         "is_stationary": pose.is_stationary,
+        "stop_layer": pose.stop_layer,
     }
 
 
@@ -295,6 +296,7 @@ def _pose_text(pose: PoseEstimate) -> str:
         parts.append(f"xyz {x:9.3f} {y:9.3f} {z:9.3f}")
         parts.append("q " + " ".join(f"{value:7.4f}" for value in quat_xyzw_from_rotation(pose.T_world_camera[:3, :3])))
     parts.append(f"inliers {pose.num_inliers}/{pose.num_matches}")
+    parts += [f"layers {pose.stop_layer}"] * (pose.stop_layer > 0)
     parts += ["keyframe"] * pose.is_keyframe + ["stationary"] * pose.is_stationary
     if pose.rejection is not None:
         parts.append(pose.rejection.value)

@@ -258,6 +258,7 @@ def _encode_pose(pose: PoseEstimate) -> tuple[dict[str, object], ArrayMap]:
         "num_inliers": int(pose.num_inliers),
         "is_keyframe": bool(pose.is_keyframe),
         "is_stationary": bool(pose.is_stationary),
+        "stop_layer": int(pose.stop_layer),
     }
     arrays: ArrayMap = {}
     if pose.T_world_camera is not None:
@@ -290,6 +291,7 @@ def _decode_pose(header: Header, fields: Fields, arrays: Arrays) -> PoseEstimate
         is_stationary=fields.flag("is_stationary"),
         segment_id=fields.integer("segment_id"),
         scale_source=fields.text("scale_source"),
+        stop_layer=fields.added_integer("stop_layer", 0),
     )
 
 

@@ -571,6 +571,7 @@ class Odometry:
             covariance=covariance,
             rejection=rejection,
             num_matches=0 if matches is None else len(matches),
+            stop_layer=0 if matches is None else matches.stop_layer,
             num_inliers=num_inliers,
             is_keyframe=is_keyframe,
             is_stationary=is_stationary,
@@ -599,6 +600,7 @@ class Odometry:
             status=TrackingStatus.LOST,
             rejection=rejection,
             num_matches=num_matches,
+            stop_layer=0 if matches is None else matches.stop_layer,
             segment_id=self._segment_id,
             scale_source=self._scale_name,
         )

@@ -110,7 +110,8 @@ class LiveScene:
         lines.append(TextLine(f"{fps:.1f} fps    wire latency {latency}    {self._num_dropped()} dropped"))
         if pose is not None:
             inliers = f"{pose.num_inliers} inliers of {pose.num_matches} matches"
-            lines.append(TextLine(f"{inliers}    {self.picture.num_tracks} tracks"))
+            layer = f"    stop layer {pose.stop_layer}" if pose.stop_layer else ""
+            lines.append(TextLine(f"{inliers}    {self.picture.num_tracks} tracks{layer}"))
         counts = (scene.num_poses, "poses"), (scene.num_keyframes, "keyframes"), (scene.num_landmarks, "landmarks")
         lines.append(TextLine("    ".join(f"{number} {name}" for number, name in counts)))
         if pose is not None:

@@ -244,6 +244,7 @@ class PoseEstimate:
     rejection       why this frame could not be posed, or why only its rotation could; None otherwise.
     num_matches     matches to the previous frame.
     num_inliers     matches that agree with the pose.
+    stop_layer      layers the matcher ran before it was confident; 0: it has none, or nothing was matched.
     is_stationary   the image does not move: the pose is held.
     segment_id      rises by one when tracking starts anew without a link to the map so far.
     scale_source    "relative": the unit is that of the first landmarks; otherwise the named metric source.
@@ -261,6 +262,7 @@ class PoseEstimate:
     is_stationary: bool = False
     segment_id: int = 0
     scale_source: str = "relative"
+    stop_layer: int = 0
 
     def __post_init__(self) -> None:
         if self.T_world_camera is not None:

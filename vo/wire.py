@@ -66,6 +66,10 @@ class Fields:
     def optional_integer(self, key: str, minimum: int = 0) -> int | None:
         return None if self._take(key) is None else self.integer(key, minimum)
 
+    def added_integer(self, key: str, default: int) -> int:
+        """A key that was added within this version: older publishers leave it out."""
+        return self.integer(key) if key in self._values else default
+
     def number(self, key: str) -> float:
         value = self._take(key)
         if type(value) not in (int, float) or not math.isfinite(cast(float, value)):
