@@ -24,6 +24,22 @@ class WeightsError(VoError):
     """Weights that are missing, damaged, or made for another network."""
 
 
+class DeviceError(VoError):
+    """A GPU that fails: no memory left, a kernel that faults, a device that is gone."""
+
+
+class FeatureMemory(Protocol):
+    """Memory of a device that an engine lends to the features of one image, and takes back once nobody holds it."""
+
+    def num_valid(self) -> int:
+        """How many keypoints there are; waits until they have been computed. Raises DeviceError."""
+        ...
+
+    def host_keypoints(self) -> NDArray[np.float32]:
+        """(K, 2) float32 px, a copy in the memory of the host; waits like `num_valid`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Features:
     """Keypoints of one image, at a fixed capacity K of which the first `num_valid` rows count.
@@ -36,7 +52,11 @@ class Features:
     kind         what made them, for example "aliked-t16"; a matcher refuses kinds it was not made for.
     scales       (K,) float32 px and
     orientations (K,) float32 rad, for methods that have them (SIFT); None otherwise.
+    memory       where an engine lends the tensors: they stay as they are while somebody holds it. None: nobody lends.
 
+    An engine gives features away before the device has computed them (`pending`): reading `num_valid` waits for that.
+    Whoever else reads the tensors on a stream of his own reads `num_valid` first, and ends the reading before he lets
+    go of the features.
     Raises ValueError on shapes that do not agree.
     """
 
@@ -48,6 +68,29 @@ class Features:
     kind: str
     scales: Tensor | None = None
     orientations: Tensor | None = None
+    memory: FeatureMemory | None = None
+
+    @classmethod
+    def pending(
+        cls,
+        keypoints: Tensor,
+        scores: Tensor,
+        descriptors: Tensor,
+        memory: FeatureMemory,
+        image_size: tuple[int, int],
+        kind: str,
+    ) -> Features:
+        """Features whose tensors are still being computed; their number is asked of the memory when it is wanted."""
+        features = cls(keypoints, scores, descriptors, 0, image_size, kind, memory=memory)
+        object.__delattr__(features, "num_valid")
+        return features
+
+    def __getattr__(self, name: str) -> int:
+        """Python asks here for a field that has no value yet: `num_valid` of pending features."""
+        if name != "num_valid" or self.memory is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        object.__setattr__(self, name, self.memory.num_valid())
+        return self.num_valid
 
     def __post_init__(self) -> None:
         capacity = self.keypoints.shape[0]
@@ -69,6 +112,8 @@ class Features:
 
     def valid_keypoints(self) -> NDArray[np.float32]:
         """(num_valid, 2) float32 px, on the host."""
+        if self.memory is not None:
+            return self.memory.host_keypoints()[: self.num_valid]
         keypoints: NDArray[np.float32] = self.keypoints[: self.num_valid].cpu().numpy()
         return keypoints
 

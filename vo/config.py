@@ -7,6 +7,7 @@ from typing import Literal
 
 from frontends.aliked import AlikedConfig
 from frontends.base import check_settings, setting
+from frontends.engine import EngineConfig
 from frontends.followed_points import FollowedConfig
 from frontends.lightglue import LightGlueConfig
 from frontends.loftr import LoftrConfig
@@ -287,6 +288,7 @@ class FrontendConfig:
     )
     matcher: LightGlueConfig | NearestConfig | FollowedConfig = field(default_factory=LightGlueConfig)
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from frontends.base import Extractor, Matcher
+from frontends.engine import Engine, create_engine
 from frontends.frontend import create_extractor, create_matcher
 from frontends.nearest import NearestConfig
 from frontends.orb import OrbConfig
@@ -22,6 +23,7 @@ class Frontend:
     description  both by name.
     device_name  where they run.
     fallbacks    what was replaced by something else, one sentence each.
+    engine       what runs the two; `warm_up` it before the first frame, and read there what it chose.
     """
 
     extractor: Extractor
@@ -30,6 +32,7 @@ class Frontend:
     device_name: str
     weights: tuple[UsedWeights, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    engine: Engine | None = None
 
 
 def select_device(name: str) -> torch.device:
@@ -55,13 +58,15 @@ def create_frontend(config: FrontendConfig, device: torch.device) -> Frontend:
     extractor = create_extractor(config.extractor, device)
     matcher = create_matcher(config.matcher, extractor.extractor.kind, device)
     files = [loaded.weights for loaded in (extractor, matcher) if loaded.weights is not None]
+    engine = create_engine(config.engine, extractor.extractor, matcher.matcher, device)
     return Frontend(
-        extractor.extractor,
-        matcher.matcher,
+        engine.extractor,
+        engine.matcher,
         f"{extractor.extractor.kind} + {config.matcher.name}",
         device_name(device),
         tuple(UsedWeights(file.name, file.sha256) for file in files),
         () if extractor.remark is None else (f"{config.extractor.name}: {extractor.remark}",),
+        engine,
     )
 
 
