@@ -48,6 +48,7 @@ LAYERS = (
     },
     {"vo.scene", "vo.scene_view", "vo.scene_truth", "vo.scene_panel", "vo.scene_video", "vo.scene_live"},
     {
+        "vo.live_map",
         "vo.odometry",
         "vo.archive",
         "vo.publisher",

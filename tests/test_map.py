@@ -97,7 +97,7 @@ def test_a_live_run_never_waits_for_its_window(monkeypatch):
     assert all(step.map_update is None for step in steps)
     assert steps[-1].pose.status is TrackingStatus.TRACKING
     release.set()
-    odometry._refinement.solution.result(20)
+    odometry._map._refinement.solution.result(20)
     later = follow(odometry, corridor(), poses[20:], noise_px=0.3, start=20)
     assert later[0].map_update is not None
     estimate, truth = positions([*steps, *later])[8:], np.array([T[:3, 3] for T in poses])[8:]
@@ -191,7 +191,7 @@ def test_the_map_is_bounded():
     poses = [make_pose(np.eye(3), np.array([0.0, 0.0, 0.8 * i])) for i in range(60)]
     steps = follow(odometry, world, poses, noise_px=0.2)
     assert sum(step.pose.is_keyframe for step in steps) > 30
-    assert len(odometry._window.older) == 20
+    assert len(odometry._map.window.older) == 20
     odometry.close()
 
 

@@ -8,28 +8,22 @@ RELOCALIZED   the first frame found again in the same map.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
-from vo.bundle import WindowSolution, corrected_rays
 from vo.config import OdometryConfig, RelativeScaleConfig, TwoViewConfig
 from vo.geometry import (
     AbsolutePose,
-    estimate_absolute_pose,
     estimate_first_pose,
     fit_rotation,
     invert_pose,
     make_pose,
-    parallax,
     ray_depths,
-    reproject,
-    rotation_angle,
-    undistort,
 )
+from vo.live_map import LiveMap
 from vo.posing import MatchFunction, Motion, Posed, Poser
 from vo.scale_source import ScaleSource
 from vo.tracks import TrackTable
@@ -44,7 +38,7 @@ from vo.types import (
     RelativePose,
     TrackingStatus,
 )
-from vo.window import View, Window, WindowChange, WindowJob, shared_rows
+from vo.window import View, shared_rows
 
 IntArray = NDArray[np.int64]
 
@@ -66,15 +60,6 @@ class OdometryStep:
     tracks: FrameTracks
     matches: Matches | None = None
     map_update: MapUpdate | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Refinement:
-    """A window under way, and the number of the step that began it."""
-
-    job: WindowJob
-    solution: Future[WindowSolution]
-    begun_at: int
 
 
 class Odometry:
@@ -100,74 +85,57 @@ class Odometry:
         self._config = config
         self._two_view = two_view
         self._match = match
-        self._tracks = TrackTable()
-        self._poser = Poser(camera.focal_px, config, two_view, match, self._tracks)
-        self._window = Window(config, camera.focal_px)
+        self._map = LiveMap(config, camera, scale or ScaleSource(RelativeScaleConfig()), waits_for_window)
+        self._poser = Poser(camera.focal_px, config, two_view, match, self._map.tracks)
         self._status = TrackingStatus.INITIALIZING
         self._previous: View | None = None
         self._still_reference: View | None = None
         self._last_motion = np.eye(4)
         self._num_lost = 0
-        self._segment_id = 0
-        self._num_steps = 0
-        self._scale = scale or ScaleSource(RelativeScaleConfig())
-        # Decided and not applied yet: the map's unit changes only while no refinement of it is under way.
-        self._pending_factor = 1.0
         self._frame: Frame | None = None
-        self._has_unit = False
         self._num_repeats = 0
-        self._waits_for_window = waits_for_window
-        self._window_is_stale = False
-        self._refinement: _Refinement | None = None
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="window")
 
     def close(self) -> None:
         """Ends the window's thread; safe to call twice."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._map.close()
 
     def finish(self) -> MapUpdate | None:
         """Refines what the last keyframes left to refine; None if there is nothing. No step may follow."""
         if self._previous is None:
             return None
-        self._waits_for_window, self._window_is_stale = True, True
-        update = None
-        for _ in range(2):
-            self._num_steps += self._config.window_lag_frames
-            update = self._take_in_refinement(self._previous.frame_index, self._previous.timestamp_ns) or update
-            self._begin_refinement()
-        self._num_steps += self._config.window_lag_frames
-        return self._take_in_refinement(self._previous.frame_index, self._previous.timestamp_ns) or update
-
-    @property
-    def _scale_name(self) -> str:
-        return self._scale.name if self._has_unit else "relative"
+        return self._map.finish(self._previous.frame_index, self._previous.timestamp_ns)
 
     @property
     def radial_distortion(self) -> float:
         """The radial distortion found beyond the calibration: a ray of length r is the ray times 1 - kappa r^2."""
-        return self._window.radial.mean
+        return self._map.window.radial.mean
 
     @property
     def tracks(self) -> TrackTable:
-        return self._tracks
+        return self._map.tracks
 
     @property
     def keyframes(self) -> tuple[View, ...]:
         """The window's keyframes, oldest first."""
-        return tuple(self._window.keyframes)
+        return tuple(self._map.window.keyframes)
 
     def step(self, frame: Frame, features: Features) -> OdometryStep:
         """Poses the next frame. Expected failures come back as status and rejection, never as an exception."""
-        self._num_steps += 1
+        self._map.advance()
         self._num_repeats = self._num_repeats + 1 if self._repeats(frame) else 0
         if self._num_repeats > _MAX_REPEATS:
             return self._unposed_frame(frame, Rejection.REPEATED_IMAGE)
         self._frame = frame
-        map_update = self._take_in_refinement(frame.index, frame.timestamp_ns)
+        map_update = self._map.take_in_refinement(frame.index, frame.timestamp_ns, self._held())
         self._change_unit()
-        step = self._step(self._as_view(frame, features))
-        self._begin_refinement()
+        step = self._step(self._map.view_of(frame, features))
+        self._map.begin_refinement()
         return replace(step, map_update=map_update)
+
+    def _change_unit(self) -> None:
+        if self._previous is not None:
+            factor = self._map.change_unit(self._previous, self._held())
+            self._last_motion = make_pose(self._last_motion[:3, :3], self._last_motion[:3, 3] * factor)
 
     def _repeats(self, frame: Frame) -> bool:
         """Whether the camera delivers the very image of the frame before.
@@ -179,14 +147,6 @@ class Odometry:
         if self._frame is None or self._frame.image.shape != frame.image.shape:
             return False
         return bool(np.array_equal(self._frame.image, frame.image) and frame.image.min() != frame.image.max())
-
-    def _as_view(self, frame: Frame, features: Features) -> View:
-        keypoints = features.valid_keypoints()
-        untracked = np.full(len(keypoints), -1, np.int64)
-        nominal = undistort(keypoints, self._camera)
-        rays = corrected_rays(nominal, self._window.radial.mean)
-        colors = _colors_at(frame.image, keypoints)
-        return View(frame.index, frame.timestamp_ns, features, keypoints, colors, nominal, rays, untracked, np.eye(4))
 
     def _step(self, view: View) -> OdometryStep:
         keypoints, features = view.keypoints, view.features
@@ -210,7 +170,7 @@ class Odometry:
         if len(view.keypoints) < self._config.min_matches:
             return self._unposed(view, None, Rejection.TOO_FEW_MATCHES)
         self._observe(view)
-        self._window.add(view, self._tracks)
+        self._map.window.add(view, self._map.tracks)
         self._previous = self._still_reference = view
         self._status = TrackingStatus.INITIALIZING
         self._num_lost = 0
@@ -218,7 +178,7 @@ class Odometry:
 
     def _initialize(self, view: View, matches: Matches, motion: Motion) -> OdometryStep:
         """Starts the map once the first keyframe and this frame see enough tracks under enough parallax."""
-        origin = self._window.keyframes[0]
+        origin = self._map.window.keyframes[0]
         rows0, rows1 = shared_rows(origin.track_ids, view.track_ids)
         if len(rows0) < len(motion.pairs) / 2:
             self._rematch(origin, view)
@@ -244,7 +204,7 @@ class Odometry:
         self, view: View, matches: Matches, relative: RelativePose, rows0: IntArray, rows1: IntArray
     ) -> OdometryStep | None:
         """The first landmarks, in units of the inliers' median depth; None if there are too few."""
-        origin = self._window.keyframes[0]
+        origin = self._map.window.keyframes[0]
         T, inliers = relative.T_camera0_camera1, relative.inliers
         depths, _ = ray_depths(T, origin.rays[rows0[inliers]], view.rays[rows1[inliers]])
         depths = depths[depths > 0]
@@ -254,16 +214,15 @@ class Odometry:
         view.track_ids[rows1[~inliers]] = -1
         view.T_world_camera = origin.T_world_camera @ make_pose(T[:3, :3], T[:3, 3] / unit)
         self._observe(view)
-        self._window.add(view, self._tracks)
-        if self._tracks.num_landmarks < self._config.init_landmarks:
-            self._tracks.drop_landmarks(view.track_ids[self._tracks.landmarks(view.track_ids)[1]])
-            self._window.keyframes.pop()
+        self._map.add_keyframe(view)
+        if self._map.tracks.num_landmarks < self._config.init_landmarks:
+            self._map.tracks.drop_landmarks(view.track_ids[self._map.tracks.landmarks(view.track_ids)[1]])
+            self._map.window.keyframes.pop()
             self._previous = view
             return self._posed_step(view, matches, rejection=Rejection.LOW_PARALLAX)
         self._status = TrackingStatus.TRACKING
         self._accept(view, is_moving=True)
-        self._window_is_stale = True
-        self._read_scale(view)
+        self._map.read_scale(view, self._frame)
         self._change_unit()
         baseline = float(np.linalg.norm((invert_pose(origin.T_world_camera) @ view.T_world_camera)[:3, 3]))
         covariance = relative.covariance.copy()
@@ -282,7 +241,7 @@ class Odometry:
         rows1: IntArray,
     ) -> OdometryStep:
         """Reports the rotation and holds the translation; starts over where the first keyframe is out of sight."""
-        origin = self._window.keyframes[0]
+        origin = self._map.window.keyframes[0]
         is_stationary = self._is_still(view)
         rejection = Rejection.LOW_PARALLAX if isinstance(relative, RelativePose) else relative
         if is_stationary:
@@ -298,8 +257,8 @@ class Odometry:
         self._observe(view)
         restart = len(rows0) < max(self._two_view.min_inliers, len(origin.keypoints) // 10)
         if restart:
-            self._window.clear()
-            self._window.add(view, self._tracks)
+            self._map.window.clear()
+            self._map.window.add(view, self._map.tracks)
         self._accept(view, is_moving=not is_stationary)
         return self._posed_step(
             view,
@@ -332,18 +291,17 @@ class Odometry:
         view.track_ids[posed.wrong_rows] = -1
         is_stationary = self._is_still(view)
         if not is_stationary:
-            others = [keyframe for keyframe in self._window.keyframes if keyframe is not previous]
+            others = [keyframe for keyframe in self._map.window.keyframes if keyframe is not previous]
             count = self._config.reconnect_keyframes
             posed = self._poser.reconnect(view, others[::-1][:count], posed)
         if is_stationary and self._still_reference is not None:
             view.T_world_camera = self._still_reference.T_world_camera
         self._observe(view)
-        is_keyframe = not is_stationary and self._needs_keyframe(view, posed.num_inliers)
+        is_keyframe = not is_stationary and self._map.needs_keyframe(view, posed.num_inliers)
         if is_keyframe:
-            self._window.revisit(view, self._tracks, self._match)
-            self._window.add(view, self._tracks)
-            self._window_is_stale = True
-            self._read_scale(view)
+            self._map.window.revisit(view, self._map.tracks, self._match)
+            self._map.add_keyframe(view)
+            self._map.read_scale(view, self._frame)
         self._accept(view, is_moving=not is_stationary)
         self._status = self._found_status()
         return self._posed_step(
@@ -366,141 +324,21 @@ class Odometry:
         # Three quarters of the image decide: something that moves before a standing camera may fill the rest.
         return len(shifts) > 0 and bool(np.quantile(shifts, 0.75) < self._config.stationary_px)
 
-    def _needs_keyframe(self, view: View, num_inliers: int) -> bool:
-        """Whether there is something new to triangulate from here, or the last keyframe is going out of sight.
-
-        Keyframes closer together than that only shorten the window's reach, and with it the hold on the scale.
-        """
-        newest = self._window.keyframes[-1]
-        rows0, rows1 = shared_rows(newest.track_ids, view.track_ids)
-        if len(rows0) < self._config.min_matches or num_inliers < 2 * self._config.min_inliers:
-            return True
-        R_newest_view = newest.T_world_camera[:3, :3].T @ view.T_world_camera[:3, :3]
-        moved = parallax(newest.rays[rows0], view.rays[rows1], R_newest_view)
-        parallax_px = float(np.median(moved)) * self._camera.focal_px
-        num_before = int(self._tracks.landmarks(newest.track_ids)[1].sum())
-        is_fading = num_inliers < self._config.keyframe_landmark_ratio * num_before
-        return bool(
-            parallax_px > self._config.keyframe_parallax_px
-            or (is_fading and parallax_px > self._config.keyframe_parallax_px / 4)
-            or rotation_angle(R_newest_view) > np.deg2rad(self._config.keyframe_rotation_deg)
-        )
-
-    # --- the window, beside the frames ------------------------------------------------------------------------------
-
-    def _begin_refinement(self) -> None:
-        """Hands the window to its thread, unless that is still busy: then the next step tries again."""
-        if not self._window_is_stale or self._refinement is not None:
-            return
-        self._window_is_stale = False
-        job = self._window.job(self._tracks)
-        if job is not None:
-            self._refinement = _Refinement(job, self._worker.submit(job.solve), self._num_steps)
-
-    def _take_in_refinement(self, frame_index: int, timestamp_ns: int) -> MapUpdate | None:
-        """Moves keyframes, landmarks and the views in hand to where the refinement puts them, once it is due."""
-        refinement = self._refinement
-        if refinement is None:
-            return None
-        lag = self._num_steps - refinement.begun_at
-        if lag < self._config.window_lag_frames if self._waits_for_window else not refinement.solution.done():
-            return None
-        self._refinement = None
-        change = self._window.apply(refinement.job, refinement.solution.result(), self._tracks)
-        kappa = self._window.radial.mean
-        for view in self._views_in_hand(refinement.job):
-            view.T_world_camera = change.correction @ view.T_world_camera
-            view.rays = corrected_rays(view.nominal_rays, kappa)
-        return self._map_update(frame_index, timestamp_ns, change)
-
-    # --- the unit of the map ----------------------------------------------------------------------------------------
-
-    def _read_scale(self, view: View) -> None:
-        """Asks the scale source at a keyframe by how much the map is too small."""
-        if self._frame is None:
-            return
-        points, known = self._tracks.landmarks(view.track_ids)
-        _, depth = reproject(view.T_world_camera, points[known])
-        self._scale.passed(view.T_world_camera)
-        self._pending_factor *= self._scale.factor(
-            self._frame, view.T_world_camera, view.keypoints[known], depth, self._pending_factor
-        )
-
-    def _change_unit(self) -> None:
-        """Rescales the map about the camera, so that no pose jumps; the first time about the origin.
-
-        What was posed before the first reading is in another unit, and said to be by its `scale_source`.
-        """
-        factor = self._pending_factor
-        if factor == 1.0 or self._refinement is not None or self._previous is None:
-            return
-        center = self._previous.T_world_camera[:3, 3].copy() if self._has_unit else np.zeros(3)
-        self._has_unit, self._pending_factor = self._scale.is_metric, 1.0
-        self._window.rescale(center, factor)
-        self._tracks.scale_landmarks(center, factor)
-        keyframes = {id(view) for view in (*self._window.keyframes, *self._window.older)}
-        for view in {id(v): v for v in (self._previous, self._still_reference) if v is not None}.values():
-            if id(view) not in keyframes:
-                T = view.T_world_camera.copy()
-                T[:3, 3] = center + factor * (T[:3, 3] - center)
-                view.T_world_camera = T
-        self._last_motion = make_pose(self._last_motion[:3, :3], self._last_motion[:3, 3] * factor)
-        self._scale.rescaled(center, factor)
-
-    def _views_in_hand(self, job: WindowJob) -> list[View]:
-        """The views that are kept without being keyframes."""
-        placed = {id(view) for view in (*job.views, *self._window.keyframes, *self._window.older)}
-        held = {id(view): view for view in (self._previous, self._still_reference) if view is not None}
-        return [view for key, view in held.items() if key not in placed]
-
-    def _map_update(self, frame_index: int, timestamp_ns: int, change: WindowChange) -> MapUpdate:
-        points, _ = self._tracks.landmarks(change.landmark_ids)
-        return MapUpdate(
-            frame_index=frame_index,
-            timestamp_ns=timestamp_ns,
-            segment_id=self._segment_id,
-            scale_source=self._scale_name,
-            keyframe_indices=np.array([view.frame_index for view in change.views], np.int64),
-            keyframe_timestamps_ns=np.array([view.timestamp_ns for view in change.views], np.int64),
-            T_world_keyframes=np.stack([view.T_world_camera for view in change.views]),
-            landmark_ids=change.landmark_ids.copy(),
-            landmarks=points,
-            landmark_colors=self._tracks.colors(change.landmark_ids),
-            removed_landmark_ids=change.removed_ids.copy(),
-        )
-
     # --- loss and recovery ------------------------------------------------------------------------------------------
 
     def _recover(self, view: View, matches: Matches | None, rejection: Rejection) -> OdometryStep:
         """Looks for the camera in the map of recent keyframes."""
         if self._status is TrackingStatus.INITIALIZING:
             return self._restart(view, matches, rejection)
-        for keyframe in self._window.likely_views(view):
-            found = self._match(keyframe.features, view.features)
-            view.track_ids[:] = -1
-            view.track_ids[found.indices[:, 1]] = keyframe.track_ids[found.indices[:, 0]]
-            points, has_landmark = self._tracks.landmarks(view.track_ids)
-            rows = np.flatnonzero(has_landmark)
-            pose = estimate_absolute_pose(
-                points[rows],
-                view.rays[rows],
-                self._camera.focal_px,
-                self._config.pose_threshold_px,
-                2 * self._config.min_inliers,
-            )
-            if isinstance(pose, AbsolutePose):
-                return self._relocalize(view, found, pose, rows)
-        view.track_ids[:] = -1
-        return self._lose(view, matches, rejection)
+        found = self._map.find(view, self._match)
+        return self._lose(view, matches, rejection) if found is None else self._relocalize(view, *found)
 
-    def _relocalize(self, view: View, matches: Matches, pose: AbsolutePose, rows: IntArray) -> OdometryStep:
-        view.track_ids[rows[~pose.inliers]] = -1
+    def _relocalize(self, view: View, pose: AbsolutePose, matches: Matches) -> OdometryStep:
         view.T_world_camera = pose.T_world_camera
         self._observe(view)
         self._accept(view, is_moving=True)
         self._last_motion = np.eye(4)
-        self._window.add(view, self._tracks)
-        self._window_is_stale = True
+        self._map.add_keyframe(view)
         self._status = self._found_status()
         num_inliers = int(pose.inliers.sum())
         return self._posed_step(view, matches, num_inliers=num_inliers, is_keyframe=True, covariance=pose.covariance)
@@ -519,12 +357,7 @@ class Odometry:
 
     def _restart(self, view: View, matches: Matches | None, rejection: Rejection) -> OdometryStep:
         """A new segment without a link to the map so far."""
-        self._segment_id += 1
-        self._window.clear()
-        self._scale.reset()
-        self._has_unit, self._pending_factor = False, 1.0
-        self._window_is_stale = False
-        self._refinement = None
+        self._map.begin_anew()
         self._last_motion = np.eye(4)
         view.T_world_camera = np.eye(4)
         view.track_ids[:] = -1
@@ -536,18 +369,17 @@ class Odometry:
     def _previous_pose(self) -> FloatArray:
         return np.eye(4) if self._previous is None else self._previous.T_world_camera
 
+    def _held(self) -> tuple[View, ...]:
+        """The views that are kept between frames."""
+        return tuple(view for view in (self._previous, self._still_reference) if view is not None)
+
     def _observe(self, view: View) -> None:
-        """Enters the frame into the track table; what has no track yet begins one."""
-        view.track_ids = self._tracks.observe(view.frame_index, view.track_ids, view.keypoints, view.colors).copy()
-        if self._num_steps % _PRUNE_EVERY:
-            return
-        others = [other.track_ids for other in (self._previous, self._still_reference) if other is not None]
-        self._tracks.prune(np.concatenate([self._window.seen_ids(self._tracks), *others, view.track_ids]))
+        self._map.observe(view, self._held())
 
     def _accept(self, view: View, is_moving: bool) -> None:
         """Makes the frame the one to match the next against."""
         self._last_motion = invert_pose(self._previous_pose()) @ view.T_world_camera
-        self._scale.passed(view.T_world_camera)
+        self._map.passed(view)
         self._previous = view
         self._num_lost = 0
         if is_moving:
@@ -575,10 +407,10 @@ class Odometry:
             num_inliers=num_inliers,
             is_keyframe=is_keyframe,
             is_stationary=is_stationary,
-            segment_id=self._segment_id,
-            scale_source=self._scale_name,
+            segment_id=self._map.segment_id,
+            scale_source=self._map.scale_name,
         )
-        return OdometryStep(pose, self._tracks.frame_tracks(view.frame_index, view.timestamp_ns), matches)
+        return OdometryStep(pose, self._map.tracks.frame_tracks(view.frame_index, view.timestamp_ns), matches)
 
     def _unposed(self, view: View, matches: Matches | None, rejection: Rejection) -> OdometryStep:
         num_matches = 0 if matches is None else len(matches)
@@ -601,23 +433,14 @@ class Odometry:
             rejection=rejection,
             num_matches=num_matches,
             stop_layer=0 if matches is None else matches.stop_layer,
-            segment_id=self._segment_id,
-            scale_source=self._scale_name,
+            segment_id=self._map.segment_id,
+            scale_source=self._map.scale_name,
         )
         none = np.zeros(0, np.int64)
         no_tracks = FrameTracks(
             frame_index, timestamp_ns, none, np.zeros((0, 2), np.float32), np.zeros(0, np.int32), np.zeros(0, np.bool_)
         )
         return OdometryStep(pose, no_tracks, matches)
-
-
-def _colors_at(image: NDArray[np.uint8], keypoints: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """RGB (N, 3) of the pixels nearest to the keypoints (N, 2)."""
-    height, width = image.shape[:2]
-    columns = np.clip(np.rint(keypoints[:, 0]), 0, width - 1).astype(np.int64)
-    rows = np.clip(np.rint(keypoints[:, 1]), 0, height - 1).astype(np.int64)
-    values = image[rows, columns]
-    return np.repeat(values[:, None], 3, axis=1) if values.ndim == 1 else values
 
 
 def _regional_shifts(

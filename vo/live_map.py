@@ -1,0 +1,248 @@
+"""The map while it grows: keyframes and landmarks, the thread that refines them, and the unit they are in.
+
+Holds no clock and knows no camera status: the odometry says when a frame has passed and which of its views are to
+follow. What a refinement or a change of unit does to the map is done here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frontends.base import Features, Matches
+from vo.bundle import WindowSolution, corrected_rays
+from vo.config import OdometryConfig
+from vo.geometry import AbsolutePose, estimate_absolute_pose, parallax, reproject, rotation_angle, undistort
+from vo.posing import MatchFunction
+from vo.scale_source import ScaleSource
+from vo.tracks import TrackTable
+from vo.types import Camera, Frame, MapUpdate
+from vo.window import View, Window, WindowChange, WindowJob, shared_rows
+
+# Dead tracks are cleared away once in so many frames: looking for them takes longer than a frame makes.
+_PRUNE_EVERY = 5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Refinement:
+    """A window under way, and the number of the step that began it."""
+
+    job: WindowJob
+    solution: Future[WindowSolution]
+    begun_at: int
+
+
+class LiveMap:
+    """Tracks, window and scale source of an odometry. The window is refined on a thread of its own; `close` ends it.
+
+    waits_for_window  takes a refinement in `window_lag_frames` after its keyframe, and waits for it if need be, so that
+                      the same frames give the same poses; otherwise as soon as it is there, and no pose ever waits.
+    `held` views, which several methods take, are kept by the caller without being keyframes: they follow the map.
+    """
+
+    def __init__(self, config: OdometryConfig, camera: Camera, scale: ScaleSource, waits_for_window: bool) -> None:
+        self._config = config
+        self._camera = camera
+        self.tracks = TrackTable()
+        self.window = Window(config, camera.focal_px)
+        self.segment_id = 0
+        self._num_steps = 0
+        self._scale = scale
+        # Decided and not applied yet: the map's unit changes only while no refinement of it is under way.
+        self._pending_factor = 1.0
+        self._has_unit = False
+        self._waits_for_window = waits_for_window
+        self._window_is_stale = False
+        self._refinement: _Refinement | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="window")
+
+    def close(self) -> None:
+        """Ends the window's thread; safe to call twice."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def finish(self, frame_index: int, timestamp_ns: int) -> MapUpdate | None:
+        """Refines what the last keyframes left to refine; None if there is nothing. No step may follow."""
+        self._waits_for_window, self._window_is_stale = True, True
+        update = None
+        for _ in range(2):
+            self._num_steps += self._config.window_lag_frames
+            update = self.take_in_refinement(frame_index, timestamp_ns, ()) or update
+            self.begin_refinement()
+        self._num_steps += self._config.window_lag_frames
+        return self.take_in_refinement(frame_index, timestamp_ns, ()) or update
+
+    @property
+    def scale_name(self) -> str:
+        """The unit that lengths are in now."""
+        return self._scale.name if self._has_unit else "relative"
+
+    def advance(self) -> None:
+        """One more frame has come."""
+        self._num_steps += 1
+
+    def view_of(self, frame: Frame, features: Features) -> View:
+        """A frame as the map sees it: undistorted as well as is known by now, and without tracks yet."""
+        keypoints = features.valid_keypoints()
+        untracked = np.full(len(keypoints), -1, np.int64)
+        nominal = undistort(keypoints, self._camera)
+        rays = corrected_rays(nominal, self.window.radial.mean)
+        colors = _colors_at(frame.image, keypoints)
+        return View(frame.index, frame.timestamp_ns, features, keypoints, colors, nominal, rays, untracked, np.eye(4))
+
+    def observe(self, view: View, held: tuple[View, ...]) -> None:
+        """Enters the frame into the track table; what has no track yet begins one."""
+        view.track_ids = self.tracks.observe(view.frame_index, view.track_ids, view.keypoints, view.colors).copy()
+        if self._num_steps % _PRUNE_EVERY == 0:
+            others = [other.track_ids for other in held]
+            self.tracks.prune(np.concatenate([self.window.seen_ids(self.tracks), *others, view.track_ids]))
+
+    def add_keyframe(self, view: View) -> None:
+        """Makes `view` the newest keyframe, which leaves the window to be refined."""
+        self.window.add(view, self.tracks)
+        self._window_is_stale = True
+
+    def needs_keyframe(self, view: View, num_inliers: int) -> bool:
+        """Whether there is something new to triangulate from here, or the last keyframe is going out of sight.
+
+        Keyframes closer together than that only shorten the window's reach, and with it the hold on the scale.
+        """
+        newest = self.window.keyframes[-1]
+        rows0, rows1 = shared_rows(newest.track_ids, view.track_ids)
+        if len(rows0) < self._config.min_matches or num_inliers < 2 * self._config.min_inliers:
+            return True
+        R_newest_view = newest.T_world_camera[:3, :3].T @ view.T_world_camera[:3, :3]
+        moved = parallax(newest.rays[rows0], view.rays[rows1], R_newest_view)
+        parallax_px = float(np.median(moved)) * self._camera.focal_px
+        num_before = int(self.tracks.landmarks(newest.track_ids)[1].sum())
+        is_fading = num_inliers < self._config.keyframe_landmark_ratio * num_before
+        return bool(
+            parallax_px > self._config.keyframe_parallax_px
+            or (is_fading and parallax_px > self._config.keyframe_parallax_px / 4)
+            or rotation_angle(R_newest_view) > np.deg2rad(self._config.keyframe_rotation_deg)
+        )
+
+    def find(self, view: View, match: MatchFunction) -> tuple[AbsolutePose, Matches] | None:
+        """Looks for a lost camera among the keyframes; `view` takes their tracks over where it is found.
+
+        Returns the pose and the matches it rests on.
+        match  called with the features of a keyframe and of `view`.
+        """
+        for keyframe in self.window.likely_views(view):
+            found = match(keyframe.features, view.features)
+            view.track_ids[:] = -1
+            view.track_ids[found.indices[:, 1]] = keyframe.track_ids[found.indices[:, 0]]
+            points, has_landmark = self.tracks.landmarks(view.track_ids)
+            rows = np.flatnonzero(has_landmark)
+            threshold_px, min_inliers = self._config.pose_threshold_px, 2 * self._config.min_inliers
+            focal_px = self._camera.focal_px
+            pose = estimate_absolute_pose(points[rows], view.rays[rows], focal_px, threshold_px, min_inliers)
+            if isinstance(pose, AbsolutePose):
+                view.track_ids[rows[~pose.inliers]] = -1
+                return pose, found
+        view.track_ids[:] = -1
+        return None
+
+    def begin_anew(self) -> None:
+        """A new segment without a link to the map so far."""
+        self.segment_id += 1
+        self.window.clear()
+        self._scale.reset()
+        self._has_unit, self._pending_factor = False, 1.0
+        self._window_is_stale = False
+        self._refinement = None
+
+    # --- the window, beside the frames ------------------------------------------------------------------------------
+
+    def begin_refinement(self) -> None:
+        """Hands the window to its thread, unless that is still busy: then the next step tries again."""
+        if not self._window_is_stale or self._refinement is not None:
+            return
+        self._window_is_stale = False
+        job = self.window.job(self.tracks)
+        if job is not None:
+            self._refinement = _Refinement(job, self._worker.submit(job.solve), self._num_steps)
+
+    def take_in_refinement(self, frame_index: int, timestamp_ns: int, held: tuple[View, ...]) -> MapUpdate | None:
+        """Moves keyframes, landmarks and the views in hand to where the refinement puts them, once it is due."""
+        refinement = self._refinement
+        if refinement is None:
+            return None
+        lag = self._num_steps - refinement.begun_at
+        if lag < self._config.window_lag_frames if self._waits_for_window else not refinement.solution.done():
+            return None
+        self._refinement = None
+        change = self.window.apply(refinement.job, refinement.solution.result(), self.tracks)
+        kappa = self.window.radial.mean
+        for view in self._without_keyframes(held, refinement.job.views):
+            view.T_world_camera = change.correction @ view.T_world_camera
+            view.rays = corrected_rays(view.nominal_rays, kappa)
+        return self._map_update(frame_index, timestamp_ns, change)
+
+    def _without_keyframes(self, held: tuple[View, ...], others: tuple[View, ...] = ()) -> list[View]:
+        placed = {id(view) for view in (*others, *self.window.keyframes, *self.window.older)}
+        return [view for key, view in {id(view): view for view in held}.items() if key not in placed]
+
+    def _map_update(self, frame_index: int, timestamp_ns: int, change: WindowChange) -> MapUpdate:
+        points, _ = self.tracks.landmarks(change.landmark_ids)
+        return MapUpdate(
+            frame_index=frame_index,
+            timestamp_ns=timestamp_ns,
+            segment_id=self.segment_id,
+            scale_source=self.scale_name,
+            keyframe_indices=np.array([view.frame_index for view in change.views], np.int64),
+            keyframe_timestamps_ns=np.array([view.timestamp_ns for view in change.views], np.int64),
+            T_world_keyframes=np.stack([view.T_world_camera for view in change.views]),
+            landmark_ids=change.landmark_ids.copy(),
+            landmarks=points,
+            landmark_colors=self.tracks.colors(change.landmark_ids),
+            removed_landmark_ids=change.removed_ids.copy(),
+        )
+
+    # --- the unit of the map ----------------------------------------------------------------------------------------
+
+    def passed(self, view: View) -> None:
+        """Notes a pose on the way, for scale sources that measure along the path."""
+        self._scale.passed(view.T_world_camera)
+
+    def read_scale(self, view: View, frame: Frame | None) -> None:
+        """Asks the scale source at a keyframe by how much the map is too small."""
+        if frame is None:
+            return
+        points, known = self.tracks.landmarks(view.track_ids)
+        _, depth = reproject(view.T_world_camera, points[known])
+        self._scale.passed(view.T_world_camera)
+        self._pending_factor *= self._scale.factor(
+            frame, view.T_world_camera, view.keypoints[known], depth, self._pending_factor
+        )
+
+    def change_unit(self, camera: View, held: tuple[View, ...]) -> float:
+        """Rescales the map about the camera, so that no pose jumps; the first time about the origin.
+
+        What was posed before the first reading is in another unit, and said to be by its `scale_source`. Returns the
+        factor on all lengths; 1 while a refinement is under way.
+        """
+        factor = self._pending_factor
+        if factor == 1.0 or self._refinement is not None:
+            return 1.0
+        center = camera.T_world_camera[:3, 3].copy() if self._has_unit else np.zeros(3)
+        self._has_unit, self._pending_factor = self._scale.is_metric, 1.0
+        self.window.rescale(center, factor)
+        self.tracks.scale_landmarks(center, factor)
+        for view in self._without_keyframes(held):
+            T = view.T_world_camera.copy()
+            T[:3, 3] = center + factor * (T[:3, 3] - center)
+            view.T_world_camera = T
+        self._scale.rescaled(center, factor)
+        return factor
+
+
+def _colors_at(image: NDArray[np.uint8], keypoints: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """RGB (N, 3) of the pixels nearest to the keypoints (N, 2)."""
+    height, width = image.shape[:2]
+    columns = np.clip(np.rint(keypoints[:, 0]), 0, width - 1).astype(np.int64)
+    rows = np.clip(np.rint(keypoints[:, 1]), 0, height - 1).astype(np.int64)
+    values = image[rows, columns]
+    return np.repeat(values[:, None], 3, axis=1) if values.ndim == 1 else values
