@@ -64,7 +64,7 @@ LAYERS = (
     },
     {"vo.run_meter", "vo.listen", "vo.eval_runs", "vo.eval_report", "vo.eval_command"},
     {"vo.scene_feed", "vo.viewer", "vo.view_command", "vo.viewer_process"},
-    {"vo.stages", "vo.progress", "vo.doctor"},
+    {"vo.match_ahead", "vo.stages", "vo.progress", "vo.doctor"},
     {"vo.pipeline", "vo.run_files"},
     {"vo.run_report", "vo.replay_command", "vo.export_input", "vo.export_images", "vo.export_command"},
     {"vo.bench_statistics", "vo.bench_machine", "vo.bench_peers", "vo.bench_report", "vo.bench_compare", "vo.bench"},

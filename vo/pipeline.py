@@ -12,6 +12,7 @@ import numpy as np
 
 from vo.config import Config, GroundTruthScaleConfig
 from vo.frontend import Frontend
+from vo.match_ahead import MatchAhead
 from vo.odometry import Odometry
 from vo.run_meter import RunMeter
 from vo.scale import ExternalReadings
@@ -55,17 +56,20 @@ def run(
     Raises what a stage raised, after all of them have ended.
     """
     meter, stop = meter or RunMeter(), stop or threading.Event()
-    match = meter.timed_match(frontend.matcher.match)
+    is_threaded = config.pipeline.threaded if threaded is None else threaded
     is_lossy = drops_oldest(config, source, is_paced)
+    ahead = MatchAhead(frontend.matcher.match, meter.count_match)
     scale = ScaleSource(
         config.odometry.scale, rig=source.stereo, external=external, true_position=_true_position(config, source)
     )
     odometry = Odometry(
-        source.camera, config.odometry, config.two_view, match, waits_for_window=not is_lossy, scale=scale
+        source.camera, config.odometry, config.two_view, ahead.match, waits_for_window=not is_lossy, scale=scale
     )
-    stages = Stages(source, lambda frame: frontend.extractor.extract(frame.image), odometry.step, sinks, meter, stop)
+    stages = Stages(
+        source, lambda frame: frontend.extractor.extract(frame.image), odometry.step, sinks, meter, stop, ahead
+    )
     options = StageOptions(
-        is_threaded=config.pipeline.threaded if threaded is None else threaded,
+        is_threaded=is_threaded,
         drops_oldest=is_lossy,
         channel_capacity=config.pipeline.channel_capacity,
         is_paced=is_paced and not source.is_live,
@@ -75,10 +79,12 @@ def run(
         stages.run(options)
     finally:
         meter.radial_distortion = odometry.radial_distortion
-        last_update = odometry.finish()
-        odometry.close()
-        if last_update is not None and on_last_map is not None:
-            on_last_map(last_update)
+        # Where its stage had to be left behind, the odometry is still in the middle of a step.
+        if "track" not in meter.left_behind:
+            last_update = odometry.finish()
+            odometry.close()
+            if last_update is not None and on_last_map is not None:
+                on_last_map(last_update)
     return summarise(meter, source, frontend, is_interrupted=stop.is_set())
 
 
@@ -108,12 +114,13 @@ def drops_oldest(config: Config, source: Source, is_paced: bool) -> bool:
 
 def summarise(meter: RunMeter, source: Source, frontend: Frontend, *, is_interrupted: bool) -> RunSummary:
     """The summary of what has been run so far."""
+    left_behind = tuple(f"stage {name} was left behind: it did not end with the run" for name in meter.left_behind)
     return meter.summary(
         source.name,
         is_interrupted=is_interrupted,
         device=frontend.device_name,
         weights=frontend.weights,
-        fallbacks=frontend.fallbacks,
+        fallbacks=frontend.fallbacks + left_behind,
     )
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from frontends.base import Features, Matches
 from vo.odometry import OdometryStep
 from vo.samples import Samples
 from vo.sources import SkippedFrame
@@ -18,8 +17,9 @@ STAGES = ("capture", "extract", "match", "track", "publish")
 class RunMeter:
     """Collects while the stages run, each value from one thread only, in bounded memory however long the run is.
 
-    Times are in ms. "track" is the odometry without the matching that it asks for. `summary` may be asked for at any
-    time: what it says is what has been delivered so far.
+    Times are in ms. "match" is all that the matcher did for a frame, on whichever thread; "track" is the odometry
+    without the time in which it waited for that. `left_behind` names the stages that did not end with the run.
+    `summary` may be asked for at any time: what it says is what has been delivered so far.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,10 @@ class RunMeter:
         self.num_inliers = Samples()
         self.stop_layers = Samples()
         self.radial_distortion = 0.0
+        self.left_behind: tuple[str, ...] = ()
         self._was_lost = False
         self._match_ns = 0
+        self._waited_ns = 0
         self._start_ns = 0
         self._last_ns = 0
 
@@ -60,16 +62,10 @@ class RunMeter:
         """Notes what the source could not read."""
         self.skipped = tuple(skipped)
 
-    def timed_match(self, match: Callable[[Features, Features], Matches]) -> Callable[[Features, Features], Matches]:
-        """`match` with its time counted as a stage of its own."""
-
-        def timed(features0: Features, features1: Features) -> Matches:
-            start_ns = time.monotonic_ns()
-            matches = match(features0, features1)
-            self._match_ns += time.monotonic_ns() - start_ns
-            return matches
-
-        return timed
+    def count_match(self, took_ns: int, waited_ns: int) -> None:
+        """Counts one pair that the odometry asked for: what matching it took, and how long the odometry waited."""
+        self._match_ns += took_ns
+        self._waited_ns += waited_ns
 
     def add_stage(self, stage: str, elapsed_ns: int) -> None:
         self.stages_ms[stage].append(elapsed_ns * 1e-6)
@@ -78,8 +74,8 @@ class RunMeter:
         """Counts one step of the odometry, its matching apart."""
         if self._match_ns:
             self.add_stage("match", self._match_ns)
-        self.add_stage("track", elapsed_ns - self._match_ns)
-        self._match_ns = 0
+        self.add_stage("track", elapsed_ns - self._waited_ns)
+        self._match_ns = self._waited_ns = 0
 
     def add_frame(self, step: OdometryStep, latency_ns: int) -> None:
         """Counts a frame that has reached every sink."""

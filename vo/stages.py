@@ -1,20 +1,23 @@
 """The stages of a run, in one thread each with bounded channels between them, or one after the other in a loop.
 
-capture -> extract -> track -> publish. Both ways call the same functions, so that they give the same trajectory.
+capture -> extract -> match -> track -> publish. Both ways give the same trajectory: the thread "match" only does ahead
+what the odometry would ask for in "track", and the loop leaves it out.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 from frontends.base import Features
 from vo.channel import Channel
+from vo.match_ahead import MatchAhead
 from vo.odometry import OdometryStep
 from vo.run_meter import RunMeter
 from vo.sources import Source
@@ -23,11 +26,15 @@ from vo.types import Frame
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
-# How long a stage may take to end once it is told to: one step of the slowest network on a slow machine.
-STOP_TIMEOUT_S = 60.0
-_POLL_S = 0.1
+# How long a stage may take to end once the run is to end. One that takes longer, hanging in a driver or at work in a
+# slow network, is left behind: whoever stops a run has its results within two seconds.
+STOP_TIMEOUT_S = 1.0
+_POLL_S = 0.05
 # How long the capture may take to notice a stop by itself before its source is closed under it.
-_CLOSE_AFTER_S = 1.0
+_CLOSE_AFTER_S = 0.3
+# Frames of a camera that are under way at once, from before the upload to the pose: one is being extracted while the
+# one before is matched and posed. More would wait in front of the slowest stage and only grow old there.
+_NUM_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +69,9 @@ Sink = Callable[[FrameResult], None]
 class StageOptions:
     """How the stages are run.
 
-    drops_oldest  a slow run loses the frames that waited longest (a camera) instead of making the source wait (a file).
+    drops_oldest  a slow run loses the frames that waited longest (a camera) instead of making the source wait (a file):
+                  a frame is given up for its successor before anything is done with it.
+    channel_capacity  items that may wait between two stages of a run that loses none.
     is_paced      frames of a file come at their own timestamps.
     max_frames    the capture ends after so many; None: never.
     """
@@ -79,23 +88,27 @@ class _StageThread(threading.Thread):
     """A stage in its own thread: closes its channels when it ends, and carries what it raised to the main thread."""
 
     def __init__(
-        self, name: str, work: Callable[[], None], takes_from: Channel[Any] | None, gives_to: Channel[Any] | None
+        self,
+        name: str,
+        work: Callable[[], None],
+        takes_from: Sequence[Channel[Any]] = (),
+        gives_to: Sequence[Channel[Any]] = (),
     ) -> None:
         # Daemon: a stage that hangs in a driver must not keep the process from ending.
         super().__init__(name=name, daemon=True)
         self._work = work
-        self._takes_from = takes_from
-        self._gives_to = gives_to
+        self.takes_from = takes_from
+        self.gives_to = gives_to
         self.failure: BaseException | None = None
         self.failed_ns = 0
 
     def run(self) -> None:
         with ExitStack() as ending:
             ending.push(self._carry)
-            if self._gives_to is not None:
-                ending.callback(self._gives_to.close)
-            if self._takes_from is not None:
-                ending.callback(self._takes_from.discard)
+            for channel in self.gives_to:
+                ending.callback(channel.close)
+            for channel in self.takes_from:
+                ending.callback(channel.discard)
             self._work()
 
     def _carry(
@@ -109,7 +122,9 @@ class Stages:
     """One run from a source to its sinks.
 
     `extract` and `track` are called for every frame in order, each always from the same thread; so are the sinks.
-    `stop` ends the run early: the capture ends, frames still waiting are given up, tracked ones reach the sinks.
+    `ahead`, if there is one, is what `track` asks for matches: it hears of every frame on a thread of its own.
+    `stop` ends the run early: the capture ends, frames still waiting are given up, tracked ones reach the sinks. A
+    stage that does not end in time is left behind, and `meter.left_behind` names it.
     """
 
     def __init__(
@@ -120,6 +135,7 @@ class Stages:
         sinks: Iterable[Sink],
         meter: RunMeter,
         stop: threading.Event,
+        ahead: MatchAhead | None = None,
     ) -> None:
         self._source = source
         self._extract = extract
@@ -127,6 +143,7 @@ class Stages:
         self._sinks = tuple(sinks)
         self._meter = meter
         self._stop = stop
+        self._ahead = ahead
 
     def run(self, options: StageOptions) -> None:
         """Runs to the end of the source, or to `stop`; raises what a stage raised once all stages have ended."""
@@ -145,16 +162,37 @@ class Stages:
             self._deliver(self._tracked(self._extracted(captured)))
 
     def _run_threads(self, options: StageOptions) -> None:
-        capacity = options.channel_capacity
-        frames: Channel[Captured] = Channel(capacity, drops_oldest=options.drops_oldest)
+        is_live, capacity = options.drops_oldest, options.channel_capacity
+        # Of a camera's frames only the newest waits.
+        frames: Channel[Captured] = Channel(1 if is_live else capacity, drops_oldest=is_live)
         features: Channel[Extracted] = Channel(capacity)
+        matched: Channel[Extracted] = Channel(capacity) if self._ahead is not None else features
         results: Channel[FrameResult] = Channel(capacity)
-        threads = (
-            _StageThread("capture", lambda: self._pass_on(self._captured(options), _same, frames), None, frames),
-            _StageThread("extract", lambda: self._pass_on(frames, self._extracted, features), frames, features),
-            _StageThread("track", lambda: self._pass_on(features, self._tracked, results), features, results),
-            _StageThread("publish", lambda: self._deliver_all(results), results, None),
-        )
+        permits: Channel[None] = Channel(_NUM_IN_FLIGHT)
+        taken: Iterable[Captured] = frames
+        if is_live:
+            for _ in range(_NUM_IN_FLIGHT):
+                permits.put(None)
+            taken = (captured for _, captured in zip(permits, frames, strict=False))
+
+        def tracked(extracted: Extracted) -> FrameResult:
+            result = self._tracked(extracted)
+            if is_live:
+                permits.put(None)
+            return result
+
+        threads = [
+            _StageThread("capture", lambda: self._pass_on(self._captured(options), _same, frames), (), (frames,)),
+            _StageThread(
+                "extract", lambda: self._pass_on(taken, self._extracted, features), (frames, permits), (features,)
+            ),
+            _StageThread("track", lambda: self._pass_on(matched, tracked, results), (matched,), (results, permits)),
+            _StageThread("publish", lambda: self._deliver_all(results), (results,)),
+        ]
+        if self._ahead is not None:
+            ahead = self._ahead
+            work = partial(self._match_all, ahead, features, matched)
+            threads.insert(2, _StageThread("match", work, (features,), (matched,)))
         for thread in threads:
             thread.start()
         try:
@@ -171,11 +209,20 @@ class Stages:
             if self._stop.is_set() or not output.put(function(item)):
                 return
 
+    def _match_all(self, ahead: MatchAhead, features: Iterable[Extracted], matched: Channel[Extracted]) -> None:
+        for extracted in features:
+            if self._stop.is_set():
+                return
+            ahead.prepare(extracted.features)
+            if not matched.put(extracted):
+                return
+            ahead.prepare_expected(extracted.features)
+
     def _deliver_all(self, results: Iterable[FrameResult]) -> None:
         for result in results:
             self._deliver(result)
 
-    def _wait(self, threads: tuple[_StageThread, ...], stop_timeout_s: float) -> None:
+    def _wait(self, threads: Sequence[_StageThread], stop_timeout_s: float) -> None:
         """Waits for all threads; once the run is to end, for a limited time. Raises what the first one raised."""
         ending_s, is_source_closed = None, False
         while any(thread.is_alive() for thread in threads):
@@ -191,17 +238,21 @@ class Stages:
                 self._source.close()
                 is_source_closed = True
             if waited_s > stop_timeout_s:
+                self._give_up_waiting(threads)
                 break
-        self._raise_failure(threads, stop_timeout_s)
-
-    def _raise_failure(self, threads: tuple[_StageThread, ...], stop_timeout_s: float) -> None:
+        self._meter.left_behind = tuple(thread.name for thread in threads if thread.is_alive())
         failures = sorted((thread for thread in threads if thread.failure), key=lambda thread: thread.failed_ns)
-        hanging = [thread.name for thread in threads if thread.is_alive()]
-        cause = failures[0].failure if failures else None
-        if hanging:
-            raise RuntimeError(f"stage {', '.join(hanging)} did not end within {stop_timeout_s:g} s") from cause
-        if cause is not None:
-            raise cause
+        if failures and failures[0].failure is not None:
+            raise failures[0].failure
+
+    @staticmethod
+    def _give_up_waiting(threads: Sequence[_StageThread]) -> None:
+        """Ends the threads that only wait for one that hangs, so that this one alone is left behind."""
+        for thread in threads:
+            for channel in (*thread.takes_from, *thread.gives_to):
+                channel.discard()
+        for thread in threads:
+            thread.join(_POLL_S / len(threads))
 
     def _captured(self, options: StageOptions) -> Iterator[Captured]:
         """Frames with the time of their capture, until the source or the run ends."""
