@@ -44,6 +44,7 @@ LAYERS = (
         "vo.preview",
         "vo.evaluation",
         "vo.plots",
+        "vo.path_sketch",
         "vo.summary",
     },
     {"vo.scene", "vo.scene_view", "vo.scene_truth", "vo.scene_panel", "vo.scene_video", "vo.scene_live"},
@@ -66,7 +67,14 @@ LAYERS = (
     {"vo.scene_feed", "vo.viewer", "vo.view_command", "vo.viewer_process"},
     {"vo.match_ahead", "vo.stages", "vo.progress", "vo.doctor"},
     {"vo.pipeline", "vo.run_files"},
-    {"vo.run_report", "vo.replay_command", "vo.export_input", "vo.export_images", "vo.export_command"},
+    {
+        "vo.run_report",
+        "vo.run_results",
+        "vo.replay_command",
+        "vo.export_input",
+        "vo.export_images",
+        "vo.export_command",
+    },
     {"vo.bench_statistics", "vo.bench_machine", "vo.bench_peers", "vo.bench_report", "vo.bench_compare", "vo.bench"},
     {
         "vo.run_command",

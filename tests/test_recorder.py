@@ -78,7 +78,6 @@ def test_every_frame_with_a_pose_is_on_the_disk_before_the_next(tmp_path: Path) 
             with_pose = [n for n in range(pose.frame_index + 1) if n not in (0, 4, 5)]
             lengths = {len((recorder.output_dir / name).read_bytes().splitlines()) for name in NAMES}
             assert lengths == {recorder.num_poses} == {len(with_pose)}
-        assert_array_equal(recorder.frame_timestamps_ns, START_NS + INTERVAL_NS * np.arange(12))
         tum = read_trajectory(recorder.output_dir / NAMES[0])
         kitti = read_trajectory(recorder.output_dir / NAMES[1])
         assert_array_equal(kitti.frame_indices, with_pose)

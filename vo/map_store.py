@@ -60,6 +60,10 @@ class MapStore:
         return MapPage(tuple(updates), None)
 
     def _trim(self) -> None:
+        newest = max(self._segments)
+        for segment_id in [number for number, state in self._segments.items() if not len(_ids(state))]:
+            if segment_id != newest:
+                del self._segments[segment_id]
         num_over = sum(len(_ids(state)) for state in self._segments.values()) - self._capacity
         for segment_id in sorted(self._segments):
             if num_over <= 0:

@@ -20,16 +20,13 @@ from __future__ import annotations
 
 import errno
 import os
-from array import array
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from vo.output import OutputError, prepare_directory, write_atomically, writing
+from vo.path_sketch import PathSketch
 from vo.plots import figure_png, path_figure
 from vo.summary import RunSummary, summary_json
 from vo.trajectory import Trajectory, frames_path, kitti_line, read_trajectory, tum_line
@@ -57,9 +54,9 @@ class Recorder:
         self._tum: _LineFile | None = None
         self._kitti: _LineFile | None = None
         self._frames: _LineFile | None = None
-        self._timestamps_ns = array("q")
+        self._last_ns: int | None = None
         self._num_poses = 0
-        self._breaks: list[int] = []
+        self._path = PathSketch()
         self._scale_source = "relative"
         prepare_directory(output_dir)
 
@@ -67,19 +64,14 @@ class Recorder:
     def num_poses(self) -> int:
         return self._num_poses
 
-    @property
-    def frame_timestamps_ns(self) -> NDArray[np.int64]:
-        """(F,) int64: every frame recorded so far, with or without a pose."""
-        return np.array(self._timestamps_ns, dtype=np.int64)
-
     def write_config(self, text: str) -> None:
         """config.yaml, as it is handed in."""
         write_atomically(self.output_dir / CONFIG_NAME, text)
 
     def record(self, pose: PoseEstimate) -> None:
         """Append a frame. Raises ValueError where its time does not rise above that of the frame before."""
-        if self._timestamps_ns and pose.timestamp_ns <= self._timestamps_ns[-1]:
-            raise ValueError(f"timestamp_ns: {pose.timestamp_ns} does not rise above {self._timestamps_ns[-1]}")
+        if self._last_ns is not None and pose.timestamp_ns <= self._last_ns:
+            raise ValueError(f"timestamp_ns: {pose.timestamp_ns} does not rise above {self._last_ns}")
         files = self._files()
         if pose.T_world_camera is not None:
             T = pose.T_world_camera
@@ -87,9 +79,10 @@ class Recorder:
             lines = (f"{pose.frame_index}\n", kitti_line(T), tum_line(pose.timestamp_ns, T))
             _append_together(files, lines)
             self._num_poses += 1
-        elif self._num_poses and (not self._breaks or self._breaks[-1] != self._num_poses):
-            self._breaks.append(self._num_poses)
-        self._timestamps_ns.append(pose.timestamp_ns)
+            self._path.add(pose.timestamp_ns, T)
+        else:
+            self._path.interrupt()
+        self._last_ns = pose.timestamp_ns
         self._scale_source = pose.scale_source
 
     def trajectory(self) -> Trajectory | None:
@@ -106,10 +99,10 @@ class Recorder:
         write_atomically(self.output_dir / SUMMARY_NAME, summary_json(summary))
 
     def write_plot(self, comparison: Comparison | None = None) -> None:
-        """trajectory.png: what was written so far, over the ground truth of `comparison` if there is one."""
+        """trajectory.png: what was recorded so far, over the ground truth of `comparison` if there is one."""
         self._files()
         unit = "relative units" if self._scale_source == "relative" else "m"
-        figure = path_figure(self.trajectory(), comparison, breaks=self._breaks, unit=unit)
+        figure = path_figure(self._path.trajectory(), comparison, breaks=self._path.breaks, unit=unit)
         write_atomically(self.output_dir / PLOT_NAME, figure_png(figure))
 
     def close(self) -> None:

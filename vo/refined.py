@@ -5,21 +5,27 @@ A frame keeps its pose relative to the newest keyframe of its time; the keyframe
 
 from __future__ import annotations
 
+import os
 from array import array
+from bisect import bisect_left
+from contextlib import suppress
+from io import BufferedWriter
 from pathlib import Path
 
 import numpy as np
 
 from vo.geometry import invert_pose
-from vo.output import write_atomically
+from vo.output import write_atomically, writing
 from vo.trajectory import tum_line
 from vo.types import FloatArray, MapUpdate, PoseEstimate
 
 REFINED_NAME = "trajectory_refined_tum.txt"
+# Only the newest keyframes of a window move (at most 40); what is older than this never will.
+_MAX_OPEN_KEYFRAMES = 512
 
 
 class RefinedTrajectory:
-    """Collects poses and corrections of a run; about 150 bytes a frame."""
+    """Collects poses and corrections of a run; about 150 bytes a frame that is not settled yet."""
 
     def __init__(self) -> None:
         self._keyframes: dict[int, FloatArray] = {}
@@ -56,7 +62,80 @@ class RefinedTrajectory:
         poses: FloatArray = references @ relative
         return poses
 
+    def settle(self, num_open: int) -> str:
+        """Gives up all but the newest `num_open` keyframes: the lines of their frames, which no correction reaches."""
+        if len(self._keyframes) <= num_open:
+            return ""
+        gone = sorted(self._keyframes)[: len(self._keyframes) - num_open]
+        end = bisect_left(self._references, gone[-1] + 1)
+        lines = self._lines(end)
+        del self._timestamps_ns[:end], self._references[:end], self._T_reference_frame[: 12 * end]
+        for index in gone:
+            del self._keyframes[index]
+        return lines
+
+    @property
+    def num_open_keyframes(self) -> int:
+        return len(self._keyframes)
+
+    def lines(self) -> str:
+        """The frames that are left, as lines of a TUM file."""
+        return self._lines(len(self))
+
+    def _lines(self, end: int) -> str:
+        poses = zip(self._timestamps_ns[:end], self.poses()[:end], strict=True)
+        return "".join(tum_line(time_ns, T) for time_ns, T in poses)
+
     def write(self, output_dir: Path) -> None:
         """trajectory_refined_tum.txt. Raises OutputError."""
-        lines = [tum_line(time_ns, T) for time_ns, T in zip(self._timestamps_ns, self.poses(), strict=True)]
-        write_atomically(output_dir / REFINED_NAME, "".join(lines))
+        write_atomically(output_dir / REFINED_NAME, self.lines())
+
+
+class RefinedFile:
+    """Writes the refined trajectory of a run of any length: what can no longer change goes to the disk meanwhile.
+
+    Until `finish` the lines are in a hidden file beside it; a result of an earlier run stays until then.
+    """
+
+    def __init__(self, output_dir: Path, max_open_keyframes: int = _MAX_OPEN_KEYFRAMES) -> None:
+        self._path = output_dir / REFINED_NAME
+        self._unfinished = output_dir / f".{REFINED_NAME}.unfinished"
+        self._max_open = max_open_keyframes
+        self._file: BufferedWriter | None = None
+        self._has_frames = False
+        self.trajectory = RefinedTrajectory()
+
+    def correct(self, update: MapUpdate) -> None:
+        self.trajectory.correct(update)
+
+    def add(self, pose: PoseEstimate) -> None:
+        """Takes in a frame, see `RefinedTrajectory.add`. Raises OutputError."""
+        self.trajectory.add(pose)
+        self._has_frames = self._has_frames or len(self.trajectory) > 0
+        if self.trajectory.num_open_keyframes > self._max_open:
+            self._append(self.trajectory.settle(self._max_open // 2))
+
+    def finish(self) -> None:
+        """trajectory_refined_tum.txt, if there was a pose. Raises OutputError."""
+        if not self._has_frames:
+            return
+        self._append(self.trajectory.lines())
+        if self._file is not None:
+            with writing(self._path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                self._unfinished.replace(self._path)
+
+    def close(self) -> None:
+        """Leaves nothing unfinished behind; safe to call twice, and after `finish`."""
+        if self._file is not None:
+            with suppress(OSError):  # the disk that refuses may be why it is closed
+                self._file.close()
+                self._unfinished.unlink(missing_ok=True)
+
+    def _append(self, lines: str) -> None:
+        with writing(self._path):
+            if self._file is None:
+                self._file = self._unfinished.open("wb")
+            self._file.write(lines.encode("ascii"))

@@ -19,11 +19,10 @@ from vo.pipeline import run, stop_on_signals
 from vo.preview import ImagePreview
 from vo.progress import Advance, progress
 from vo.publisher import Publisher
-from vo.recorder import Recorder
-from vo.refined import RefinedTrajectory
 from vo.run_files import RunFiles, WantedFiles, tracks_directory, write_run_camera
 from vo.run_meter import RunMeter
-from vo.run_report import PoseLog, report
+from vo.run_report import report
+from vo.run_results import RunResults
 from vo.scale import ExternalReadings
 from vo.sources import Source, open_source
 from vo.stages import FrameResult, Sink
@@ -58,7 +57,7 @@ class RunRequest:
 
 
 def run_command(request: RunRequest) -> int:
-    """Runs and reports; the exit code is 0, 130 where the run was interrupted, 2 where the disk refused a recording.
+    """Runs and reports; the exit code is 0, 130 where the run was interrupted, 2 where the disk refused something.
 
     What can be refused is refused before the first frame; what has been computed is written whatever happens later.
     Raises VoError in one line.
@@ -79,7 +78,15 @@ def run_command(request: RunRequest) -> int:
         if external is not None and config.publisher.endpoint == "off":
             raise ConfigError("odometry.scale: external needs the publisher, whose socket takes the readings")
         resources.callback(source.close)
-        recorder = resources.enter_context(Recorder(request.output)) if request.output is not None else None
+        results = resources.enter_context(
+            RunResults(
+                request.output,
+                outlives_disk=source.is_live,
+                is_evaluated=source.ground_truth is not None,
+                say=_note,
+            )
+        )
+        recorder = results.recorder
         files = resources.enter_context(RunFiles(wanted_files(request, config), source.name, is_quiet=request.is_quiet))
         # Whoever records the stream is entered before it, so that the final state reaches it; sockets come last.
         stream = resources.enter_context(
@@ -101,10 +108,10 @@ def run_command(request: RunRequest) -> int:
         if recorder is not None:
             recorder.write_config(dump_config(config))
             write_run_camera(recorder.output_dir, source.camera)
-        meter, poses, refined = RunMeter(), PoseLog(), RefinedTrajectory()
+        meter = RunMeter()
 
         def correct(update: MapUpdate) -> None:
-            refined.correct(update)
+            results.correct(update)
             stream.publish_map(update)
 
         if viewer is not None:
@@ -120,7 +127,7 @@ def run_command(request: RunRequest) -> int:
                         source,
                         frontend,
                         (
-                            *sinks(stream, image_preview(config.publisher), recorder, poses, refined, meter, advance),
+                            *sinks(stream, image_preview(config.publisher), results, meter, advance),
                             files.add,
                             lambda result: take_readings(publisher, external),
                             lambda result: None if viewer is None else viewer.check(),
@@ -134,15 +141,21 @@ def run_command(request: RunRequest) -> int:
                     )
             finally:
                 is_interrupted = stop.is_set()
-                if recorder is not None and len(refined):
-                    refined.write(recorder.output_dir)
-                report(
-                    source, frontend, recorder, poses, meter, is_interrupted=is_interrupted, is_quiet=request.is_quiet
+                results.finish(
+                    lambda: report(
+                        source,
+                        frontend,
+                        recorder,
+                        results.poses,
+                        meter,
+                        is_interrupted=is_interrupted,
+                        is_quiet=request.is_quiet,
+                    )
                 )
         if is_interrupted:
             stream.finish(RunState.INTERRUPTED)
-    # The disk has refused the recording, which was said when it did; the results themselves are complete.
-    return INTERRUPTED if is_interrupted else USER_ERROR if files.failure else 0
+    # The disk has refused something, which was said when it did.
+    return USER_ERROR if files.failure or results.failure else INTERRUPTED if is_interrupted else 0
 
 
 def take_readings(publisher: Publisher | None, external: ExternalReadings | None) -> None:
@@ -209,9 +222,7 @@ def image_preview(config: PublisherConfig) -> ImagePreview:
 def sinks(
     stream: MessageStream,
     preview: ImagePreview,
-    recorder: Recorder | None,
-    poses: PoseLog,
-    refined: RefinedTrajectory,
+    results: RunResults,
     meter: RunMeter,
     advance: Advance,
 ) -> tuple[Sink, ...]:
@@ -227,15 +238,7 @@ def sinks(
             stream.publish_image(image)
         stream.publish_status(fps=meter.fps, num_frames=meter.num_processed + 1, num_dropped=meter.num_dropped)
 
-    def record(result: FrameResult) -> None:
-        if recorder is not None:
-            recorder.record(result.step.pose)
-        if result.step.map_update is not None:
-            refined.correct(result.step.map_update)
-        refined.add(result.step.pose)
-        poses.add(result.step.pose)
-
     def show(result: FrameResult) -> None:
         advance(f"{result.step.pose.status.value}, {meter.fps:.1f} fps")
 
-    return publish, record, show
+    return publish, results.add, show

@@ -9,6 +9,7 @@ import numpy as np
 
 from vo.evaluation import Comparison, compare
 from vo.frontend import Frontend
+from vo.output import OutputError
 from vo.pipeline import summarise
 from vo.recorder import CONFIG_NAME, PLOT_NAME, SUMMARY_NAME, TUM_NAME, Recorder
 from vo.run_meter import RunMeter
@@ -24,16 +25,19 @@ _TRY_NEXT = (
 
 
 class PoseLog:
-    """The poses of a run, kept for its evaluation."""
+    """The poses of a run, kept for its evaluation: only where there is a truth, so that what never ends never grows."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_wanted: bool = True) -> None:
+        self._is_wanted = is_wanted
         self._timestamps_ns: list[int] = []
         self._posed: list[tuple[int, int, FloatArray]] = []
         self.scale_source = "relative"
 
     def add(self, pose: PoseEstimate) -> None:
-        self._timestamps_ns.append(pose.timestamp_ns)
         self.scale_source = pose.scale_source
+        if not self._is_wanted:
+            return
+        self._timestamps_ns.append(pose.timestamp_ns)
         if pose.T_world_camera is not None:
             self._posed.append((pose.timestamp_ns, pose.frame_index, pose.T_world_camera))
 
@@ -66,7 +70,10 @@ def report(
     is_interrupted: bool,
     is_quiet: bool,
 ) -> None:
-    """Evaluates what was computed, writes summary and plot, prints the lines; does nothing without a frame."""
+    """Evaluates what was computed, writes summary and plot, prints the lines; does nothing without a frame.
+
+    Raises OutputError, after the lines, where summary or plot cannot be written.
+    """
     if meter.num_processed == 0:
         return
     summary = summarise(meter, source, frontend, is_interrupted=is_interrupted)
@@ -78,16 +85,22 @@ def report(
         reason = str(error)
     if comparison is not None:
         summary = replace(summary, evaluation=comparison.evaluation)
-    if recorder is not None:
-        recorder.write_summary(summary)
-        recorder.write_plot(comparison)
+    failure = None
+    try:
+        if recorder is not None:
+            recorder.write_summary(summary)
+            recorder.write_plot(comparison)
+    except OutputError as error:
+        failure = error
     if not is_quiet:
         lines = report_lines(summary, frontend.description, meter.skipped, reason)
-        if recorder is not None:
+        if recorder is not None and failure is None:
             lines.append(f"results     {recorder.output_dir}/: {TUM_NAME}, {PLOT_NAME}, {SUMMARY_NAME}, {CONFIG_NAME}")
         if source.name == "demo":
             lines.append(_TRY_NEXT)
         print("\n".join(lines), flush=True)
+    if failure is not None:
+        raise failure
 
 
 def report_lines(
