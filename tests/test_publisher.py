@@ -331,6 +331,14 @@ def test_close_does_not_hang_on_a_stuck_consumer() -> None:
         assert time.monotonic() - start_s < 10
 
 
+def test_close_does_not_wait_for_a_thread_that_has_ended_already() -> None:
+    """Its thread may see the end before it is woken for it, and there is nobody left to take the waking."""
+    with a_publisher() as publisher:
+        publisher._close_deadline_s = time.monotonic()
+        publisher._thread.join(20)
+        assert not publisher._thread.is_alive()
+
+
 def test_restart_is_noticed_and_followed() -> None:
     first = a_publisher()
     with Client(first.endpoint) as subscriber:

@@ -70,3 +70,11 @@ def test_skipped_frames_are_listed_and_then_counted() -> None:
     assert [entry.index for entry in log.entries()] == [0, 1, 2, 3, 4]
     assert sum(entry.count for entry in log.entries()) == 1000
     assert {(entry.reason, entry.count) for entry in log.entries()[3:]} == {("cannot be decoded", 499), ("late", 498)}
+
+
+def test_reasons_that_differ_every_time_do_not_grow_the_log() -> None:
+    log = SkipLog(max_listed=3)
+    for index in range(1000):
+        log.add(SkippedFrame(index, f"frame {index}", f"timestamp {index} ns does not rise"))
+    assert len(log.entries()) <= 8
+    assert sum(entry.count for entry in log.entries()) == 1000

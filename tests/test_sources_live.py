@@ -5,85 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from fake_capture import FakeCapture, image
 from synthetic_sources import CAMERA_YAML, cut_short, write_video
 
 from vo.sources import open_source
-from vo.sources import webcam as webcam_module
-from vo.sources.cameras import CameraChoice, camera_from_fov
+from vo.sources.cameras import camera_from_fov
 from vo.sources.video import VideoSource
-from vo.sources.webcam import LiveSource, negotiated_camera
 from vo.types import SourceError
 
 CAMERA = camera_from_fov(64, 48, 70.0)
-
-
-class FakeCapture:
-    """Delivers what a test lays out: images, None for one that cannot be decoded, False for a grab that fails."""
-
-    def __init__(
-        self,
-        images: Sequence[NDArray[np.uint8] | bool | None],
-        positions_ms: Sequence[float] | None = None,
-        fps: float = 0.0,
-        num_frames: int = 0,
-    ) -> None:
-        self.images = list(images)
-        self.positions_ms = positions_ms or [0.0] * len(self.images)
-        self.size, self.fps, self.num_frames = (64, 48), fps, num_frames
-        self.position, self.num_releases = -1, 0
-
-    def grab(self) -> bool:
-        assert self.num_releases == 0
-        self.position += 1
-        return self.position < len(self.images) and self.images[self.position] is not False
-
-    def position_ms(self) -> float:
-        return self.positions_ms[self.position]
-
-    def retrieve(self) -> NDArray[np.uint8] | None:
-        image = self.images[self.position]
-        return image if isinstance(image, np.ndarray) else None
-
-    def release(self) -> None:
-        self.num_releases += 1
-
-
-class EndlessCapture(FakeCapture):
-    """A camera at 200 Hz; `is_silent` makes every grab fail, `hang` is waited for in the driver."""
-
-    def __init__(self, *, is_silent: bool = False) -> None:
-        super().__init__([])
-        self.is_silent = is_silent
-        self.hang: threading.Event | None = None
-        self.is_reading = False
-
-    def grab(self) -> bool:
-        assert self.num_releases == 0
-        self.is_reading = True
-        if self.hang is not None:
-            self.hang.wait(10)
-        time.sleep(0.005)
-        self.is_reading = False
-        return not self.is_silent
-
-    def retrieve(self) -> NDArray[np.uint8] | None:
-        return image(1)
-
-    def release(self) -> None:
-        assert not self.is_reading
-        super().release()
-
-
-def image(level: int, width: int = 64) -> NDArray[np.uint8]:
-    return np.full((48, width, 3), level, np.uint8)
 
 
 def times_ns(source: VideoSource) -> list[int]:
@@ -269,116 +204,3 @@ def test_a_file_url_is_a_video(tmp_path: Path) -> None:
     source = open_source(f"file://{path}", fov_deg=70.0)
     assert [frame.timestamp_ns for frame in source.frames()] == [0, 10**8, 2 * 10**8]
     assert not source.is_live
-
-
-def test_a_camera_is_timed_as_its_frames_arrive() -> None:
-    clock = iter([0, 100, 200, 200, 300, 400])
-    capture = FakeCapture([image(1), image(2), image(3), None, image(4)])
-    source = LiveSource("webcam:0", capture, CAMERA, clock_ns=lambda: next(clock))
-    assert (source.is_live, source.num_frames, source.ground_truth) == (True, None, None)
-    frames = source.frames()
-    assert [(frame.index, frame.timestamp_ns) for frame in (next(frames), next(frames), next(frames))] == [
-        (0, 100),
-        (1, 200),
-        (4, 400),
-    ]
-    assert [(skipped.index, skipped.reason) for skipped in source.skipped] == [
-        (2, "the clock did not advance"),
-        (3, "cannot be decoded"),
-    ]
-    source.close()
-    assert list(frames) == []
-    assert capture.num_releases >= 1
-
-
-def test_a_camera_that_misses_a_frame_goes_on() -> None:
-    capture = FakeCapture([image(1), False, False, image(2)])
-    frames = LiveSource("webcam:0", capture, CAMERA).frames()
-    assert [next(frames).index, next(frames).index] == [0, 1]
-
-
-def test_a_camera_that_falls_silent() -> None:
-    clock = iter(range(0, 100 * 10**9, 10**9))
-    source = LiveSource("webcam:0", EndlessCapture(is_silent=True), CAMERA, clock_ns=lambda: next(clock))
-    with pytest.raises(SourceError, match=r"webcam:0: no frame for 6\.0 s; is the camera still plugged in\?"):
-        next(source.frames())
-
-
-def test_a_camera_that_changes_its_size() -> None:
-    source = LiveSource("webcam:0", FakeCapture([image(1, width=32)]), CAMERA)
-    with pytest.raises(SourceError, match="32x48 px, but the camera is 64x48 px"):
-        next(source.frames())
-
-
-@pytest.mark.parametrize("is_silent", [False, True])
-def test_closing_from_another_thread_ends_a_live_source(is_silent: bool) -> None:
-    capture = EndlessCapture(is_silent=is_silent)
-    source = LiveSource("webcam:0", capture, CAMERA)
-    timestamps: list[int] = []
-    reader = threading.Thread(target=lambda: timestamps.extend(frame.timestamp_ns for frame in source.frames()))
-    reader.start()
-    time.sleep(0.1)
-    assert reader.is_alive()
-    source.close()
-    reader.join(2.0)
-    assert not reader.is_alive()
-    assert capture.num_releases >= 1
-    assert bool(timestamps) is not is_silent
-    assert timestamps == sorted(set(timestamps))
-
-
-def test_closing_does_not_wait_for_a_driver_that_hangs(monkeypatch) -> None:
-    monkeypatch.setattr(webcam_module, "_CLOSE_WAIT_S", 0.05)
-    capture = EndlessCapture()
-    capture.hang = threading.Event()
-    source = LiveSource("webcam:0", capture, CAMERA)
-    reader = threading.Thread(target=lambda: list(source.frames()))
-    reader.start()
-    time.sleep(0.05)
-    source.close()
-    assert capture.num_releases == 0  # not while the driver is in it
-    capture.hang.set()
-    reader.join(2.0)
-    assert not reader.is_alive()
-    assert capture.num_releases == 1
-
-
-@pytest.mark.parametrize("spec", ["webcam:77", "webcam:/dev/video77"])
-def test_a_camera_that_cannot_be_opened_is_one_line(capfd, spec: str) -> None:
-    with pytest.raises(SourceError, match=rf"{spec}: the camera cannot be opened; .*/dev/video") as raised:
-        open_source(spec, fov_deg=70.0)
-    assert "\n" not in str(raised.value)
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("spec", ["webcam:", "webcam:front", "webcam:-1"])
-def test_what_names_no_camera(spec: str) -> None:
-    with pytest.raises(SourceError, match="expected webcam:0 or webcam:/dev/video0"):
-        open_source(spec, fov_deg=70.0)
-
-
-def test_an_opened_camera(monkeypatch, tmp_path: Path) -> None:
-    asked = []
-
-    def open_device(device, size, fps):
-        asked.append((device, size, fps))
-        return FakeCapture([image(1)])
-
-    monkeypatch.setattr(webcam_module, "open_device", open_device)
-    camera_file = tmp_path / "camera.yaml"
-    camera_file.write_text(CAMERA_YAML.replace("32", "64").replace("24", "48"))
-    assert open_source("webcam:2", camera_file=camera_file, fps=15.0).camera.width == 64
-    guessed = open_source("webcam:/dev/video1", fov_deg=70.0)
-    assert guessed.name == "webcam:/dev/video1"
-    assert next(guessed.frames()).image.shape == (48, 64, 3)
-    assert asked == [(2, (64, 48), 15.0), ("/dev/video1", None, None)]
-    with pytest.raises(SourceError, match="no intrinsics"):
-        open_source("webcam:0")
-    camera_file.write_text(CAMERA_YAML)
-    with pytest.raises(SourceError, match=r"delivers 64x48 px, but .* is for 32x24 px"):
-        open_source("webcam:0", camera_file=camera_file)
-
-
-def test_negotiated_intrinsics_fit_what_the_device_delivers() -> None:
-    camera = negotiated_camera("webcam:0", (640, 480), CameraChoice(fov_deg=70.0))
-    assert (camera.width, camera.height) == (640, 480)

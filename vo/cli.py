@@ -26,6 +26,7 @@ _SOURCES = """sources:
   FILE or URL             a video
   DIR                     a directory of images, or a data set that is recognised by what lies there
   kitti:DIR tum:DIR euroc:DIR   a sequence of that data set (layouts: datasets/README.md)
+  loop:SOURCE             a file or data set again and again, without an end
 """
 
 

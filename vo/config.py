@@ -320,6 +320,40 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class WebcamConfig:
+    """What cameras (`webcam:0`) and live streams are asked for, and how long they are waited for.
+
+    Exposure, gain, focus and white balance are in the camera's own units (`v4l2-ctl --list-ctrls`); null leaves them to
+    it. Fixing the focus keeps the calibration valid, fixing a short exposure keeps images sharp.
+    """
+
+    width: int = setting(0, minimum=0, maximum=16384, help="px; 0: that of the camera file, else the driver's choice")
+    height: int = setting(0, minimum=0, maximum=16384, help="px; 0: that of the camera file, else the driver's choice")
+    fps: float = setting(0.0, minimum=0.0, maximum=1000.0, help="frames per second; 0: the highest at that size")
+    pixel_format: str = setting(
+        "auto", choices=("auto", "mjpeg", "raw"), help="auto: MJPEG where it is faster than raw pixels"
+    )
+    exposure: float | None = setting(None, help="fixed exposure; null: the camera's choice")
+    gain: float | None = setting(None, help="fixed gain; null: the camera's choice")
+    focus: float | None = setting(None, help="fixed focus; null: the camera's choice")
+    white_balance: float | None = setting(None, help="fixed white balance, usually K; null: the camera's choice")
+    silence_s: float = setting(5.0, minimum=0.5, maximum=600.0, help="without a frame for so long, it has gone, s")
+    patience_s: float = setting(
+        0.0, minimum=0.0, maximum=1e6, help="a camera that has gone is waited for so long, s; 0: for ever"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if (self.width == 0) != (self.height == 0):
+            raise ValueError(f"width, height: give both or none, got {self.width} and {self.height}")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(width, height) px, None where nothing is asked for."""
+        return (self.width, self.height) if self.width else None
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything that can be set for a run."""
 
@@ -329,3 +363,4 @@ class Config:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     publisher: PublisherConfig = field(default_factory=PublisherConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
+    webcam: WebcamConfig = field(default_factory=WebcamConfig)

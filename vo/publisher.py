@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,7 +137,8 @@ class Publisher:
         self.stream.finish(state)
         deadline_s = time.monotonic() + self._config.linger_ms / 1000
         self._close_deadline_s = deadline_s
-        self._waker.send(b"")
+        with suppress(zmq.Again):  # it has seen the time and gone already; a send that waits would wait for ever
+            self._waker.send(b"", zmq.NOBLOCK)
         self._thread.join()
         self.stream.remove_consumer(self._send)
         remaining_ms = max(0, int((deadline_s - time.monotonic()) * 1000))

@@ -147,6 +147,7 @@ class Frame:
     depth         (H, W) float32 m, 0 where there is no reading; None where the source has none for this frame.
     right         (H1, W1, 3) or (H1, W1) uint8 of the second camera of a stereo rig at the same time, in that camera's
                   own size; None where the source has none for this frame, or where nobody asked for it.
+    follows_gap   the camera was away before this frame and may have moved anywhere meanwhile.
     """
 
     index: int
@@ -155,6 +156,7 @@ class Frame:
     camera: Camera
     depth: NDArray[np.float32] | None = None
     right: NDArray[np.uint8] | None = None
+    follows_gap: bool = False
 
     def __post_init__(self) -> None:
         height, width = self.camera.height, self.camera.width

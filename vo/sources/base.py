@@ -34,11 +34,14 @@ class SkipLog:
         self._counted: dict[tuple[str, bool], SkippedFrame] = {}
 
     def add(self, skipped: SkippedFrame) -> None:
-        """Notes one more. Reasons must not name single frames: each different one is kept."""
+        """Notes one more."""
         if len(self._listed) < self._max_listed:
             self._listed.append(skipped)
             return
         key = (skipped.reason, skipped.is_kept)
+        if key not in self._counted and len(self._counted) >= self._max_listed:
+            skipped = replace(skipped, reason="other reasons")
+            key = (skipped.reason, skipped.is_kept)
         known = self._counted.get(key)
         self._counted[key] = (
             replace(skipped, name="later frames") if known is None else replace(known, count=known.count + 1)
@@ -46,6 +49,26 @@ class SkipLog:
 
     def entries(self) -> tuple[SkippedFrame, ...]:
         return (*self._listed, *self._counted.values())
+
+
+@dataclass(frozen=True, slots=True)
+class LiveReport:
+    """What a camera has delivered.
+
+    negotiated       size, pixel format and rate that it agreed to.
+    clock            where the times of its frames come from.
+    measured_fps     of the last 300 frames, by their times.
+    frames_grabbed   taken from the driver; frames_dropped of them were given up for newer ones before the run saw them.
+    reconnects       times that it had gone and came back; `away_s` in all.
+    """
+
+    negotiated: str
+    clock: str
+    measured_fps: float
+    frames_grabbed: int
+    frames_dropped: int
+    reconnects: int
+    away_s: float
 
 
 class Source(Protocol):

@@ -7,6 +7,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import cv2
@@ -16,12 +18,22 @@ from numpy.typing import NDArray
 _log_level_lock = threading.Lock()
 
 
+class Control(Enum):
+    """What of a camera can be fixed."""
+
+    EXPOSURE = "exposure"
+    GAIN = "gain"
+    FOCUS = "focus"
+    WHITE_BALANCE = "white_balance"
+
+
 class Capture(Protocol):
     """A device or file that delivers images one after the other.
 
-    size        (width, height) px.
-    fps         frames per second as announced, 0 where nothing is.
-    num_frames  as announced, 0 where nothing is.
+    size          (width, height) px.
+    fps           frames per second as announced, 0 where nothing is.
+    num_frames    as announced, 0 where nothing is.
+    pixel_format  four letters, as "MJPG"; empty where nobody says.
     """
 
     @property
@@ -30,13 +42,23 @@ class Capture(Protocol):
     def fps(self) -> float: ...
     @property
     def num_frames(self) -> int: ...
+    @property
+    def pixel_format(self) -> str: ...
 
     def grab(self) -> bool:
         """Takes the next image; False at the end or where none came in time."""
         ...
 
     def position_ms(self) -> float:
-        """Time of the grabbed image since the start of the file, as the container says."""
+        """Time of the grabbed image as the container says, or the driver of a device: on V4L2 that of its buffer."""
+        ...
+
+    def fix(self, control: Control, value: float) -> float | None:
+        """Switches an automatism of a device off and sets the value; the value it then has, None where it has none."""
+        ...
+
+    def is_automatic(self, control: Control) -> bool | None:
+        """Whether the device changes it by itself; None where it does not say."""
         ...
 
     def retrieve(self) -> NDArray[np.uint8] | None:
@@ -44,6 +66,27 @@ class Capture(Protocol):
         ...
 
     def release(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Automatism:
+    """OpenCV's property that switches it, and the value that means off (V4L2: exposure 1 is manual, the rest 0)."""
+
+    property: int
+    off: float
+
+
+_PROPERTIES = {
+    Control.EXPOSURE: cv2.CAP_PROP_EXPOSURE,
+    Control.GAIN: cv2.CAP_PROP_GAIN,
+    Control.FOCUS: cv2.CAP_PROP_FOCUS,
+    Control.WHITE_BALANCE: cv2.CAP_PROP_WB_TEMPERATURE,
+}
+_AUTOMATISMS = {
+    Control.EXPOSURE: _Automatism(cv2.CAP_PROP_AUTO_EXPOSURE, 1.0),
+    Control.FOCUS: _Automatism(cv2.CAP_PROP_AUTOFOCUS, 0.0),
+    Control.WHITE_BALANCE: _Automatism(cv2.CAP_PROP_AUTO_WB, 0.0),
+}
 
 
 class OpenCvCapture:
@@ -67,8 +110,29 @@ class OpenCvCapture:
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         return int(count) if 0 < count < 2**31 else 0
 
+    @property
+    def pixel_format(self) -> str:
+        code = int(self._capture.get(cv2.CAP_PROP_FOURCC))
+        return code.to_bytes(4, "little").decode("ascii", "replace").strip("\0 ") if 0 < code < 2**32 else ""
+
     def grab(self) -> bool:
         return self._capture.grab()
+
+    def fix(self, control: Control, value: float) -> float | None:
+        automatism = _AUTOMATISMS.get(control)
+        if automatism is not None:
+            self._capture.set(automatism.property, automatism.off)
+        self._capture.set(_PROPERTIES[control], value)
+        # Drivers round, and drivers refuse without saying so.
+        found = self._capture.get(_PROPERTIES[control])
+        return None if found == -1 else found
+
+    def is_automatic(self, control: Control) -> bool | None:
+        automatism = _AUTOMATISMS.get(control)
+        if automatism is None:
+            return None
+        state = self._capture.get(automatism.property)
+        return None if state == -1 else state != automatism.off
 
     def position_ms(self) -> float:
         return self._capture.get(cv2.CAP_PROP_POS_MSEC)
@@ -96,16 +160,35 @@ def open_file(path: str) -> OpenCvCapture | None:
     return OpenCvCapture(capture)
 
 
-def open_device(device: int | str, size: tuple[int, int] | None, fps: float | None) -> OpenCvCapture | None:
+def open_stream(url: str, timeout_s: float) -> OpenCvCapture | None:
+    """A live stream behind a URL; None where it cannot be opened. Neither opening nor reading waits for longer.
+
+    FFmpeg is told not to keep what it read ahead while it looked for the format: those frames would come late.
+    """
+    timeout_ms = int(1000 * timeout_s)
+    limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, timeout_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, timeout_ms]
+    with quiet_opencv(), _low_latency():
+        capture = cv2.VideoCapture(url, cv2.CAP_FFMPEG, limits)
+    if not capture.isOpened():
+        return None
+    capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)
+    return OpenCvCapture(capture)
+
+
+def open_device(
+    device: int | str, size: tuple[int, int] | None, fps: float | None, pixel_format: str | None = None
+) -> OpenCvCapture | None:
     """A camera by index or device path; None where it cannot be opened.
 
-    `size` (px) and `fps` are asked for; what the driver grants is in the capture's own `size` and `fps`.
+    `size` (px), `fps` and `pixel_format` (four letters) are asked for; what the driver grants is in the capture's own.
     """
     backend = cv2.CAP_V4L2 if sys.platform.startswith("linux") else cv2.CAP_ANY
     with quiet_opencv():
         capture = cv2.VideoCapture(device, backend)
     if not capture.isOpened():
         return None
+    if pixel_format is not None:  # first: sizes and rates depend on it
+        capture.set(cv2.CAP_PROP_FOURCC, cv2.VideoWriter.fourcc(*pixel_format))
     if size is not None:
         capture.set(cv2.CAP_PROP_FRAME_WIDTH, size[0])
         capture.set(cv2.CAP_PROP_FRAME_HEIGHT, size[1])
@@ -114,6 +197,20 @@ def open_device(device: int | str, size: tuple[int, int] | None, fps: float | No
     # Frames waiting in the driver are stale: without a bound the newest is several periods away.
     capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
     return OpenCvCapture(capture)
+
+
+@contextmanager
+def _low_latency() -> Iterator[None]:
+    """Opens without FFmpeg's read-ahead, which can be told by the environment only; who has set it keeps it."""
+    name = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "fflags;nobuffer|flags;low_delay|rtsp_transport;tcp"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 @contextmanager

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vo.sources.base import Source
 from vo.sources.cameras import CameraChoice
 from vo.types import SourceError
+
+if TYPE_CHECKING:  # the configuration of the frontends imports torch
+    from vo.config import WebcamConfig
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.+")
 _EXPECTED = (
@@ -23,19 +28,26 @@ def open_source(
     fov_deg: float | None = None,
     fps: float | None = None,
     wants_stereo: bool = False,
+    webcam: WebcamConfig | None = None,
 ) -> Source:
     """The source of frames that `spec` names.
 
     spec         `demo`, `webcam:0`, `webcam:/dev/video0`, a video file or URL, a directory of images (`images-ns:DIR`
                  where file names are times in ns), `kitti:DIR`, `tum:DIR`, `euroc:DIR`, or a bare path that is
-                 recognised by what lies there.
+                 recognised by what lies there; `loop:` before any that is not live begins it anew whenever it ends.
     camera_file  camera.yaml to use instead of the source's own intrinsics.
     fov_deg      horizontal field of view to guess the intrinsics from instead.
     fps          rate of frames that carry no times of their own: image directories (default 30), videos, webcams.
+    webcam       what cameras and live streams are asked for.
     wants_stereo read the right images of a stereo camera too, and fail where there are none (KITTI and EuRoC only).
 
     Raises SourceError, in one line that names what was found and what is expected.
     """
+    if spec.startswith("loop:"):
+        return _open_loop(
+            spec,
+            lambda lap: open_source(lap, camera_file=camera_file, fov_deg=fov_deg, fps=fps, wants_stereo=wants_stereo),
+        )
     choice = CameraChoice(camera_file, fov_deg)
     if wants_stereo:
         return _open_stereo(spec, choice, fps)
@@ -49,14 +61,25 @@ def open_source(
     if kind == "webcam":
         from vo.sources.webcam import open_webcam
 
-        return open_webcam(spec, rest, choice, fps)
+        return open_webcam(spec, rest, choice, fps, webcam)
     if kind in ("kitti", "tum", "euroc", "images", "images-ns"):
         return _open_directory(kind, spec, _path(spec, rest), choice, fps)
     if _URL.fullmatch(spec):
         from vo.sources.video import open_video_url
 
-        return open_video_url(spec, choice, fps)
+        return open_video_url(spec, choice, fps, webcam)
     return _open_bare(spec, _path(spec, spec), choice, fps)
+
+
+def _open_loop(spec: str, open_one: Callable[[str], Source]) -> Source:
+    from vo.sources.loop import LoopSource
+
+    lap = spec.removeprefix("loop:")
+    source = LoopSource(spec, lambda: open_one(lap))
+    if source.is_endless:
+        source.close()
+        raise SourceError(f"{spec}: {lap} is live and never ends; drop loop:")
+    return source
 
 
 def _open_stereo(spec: str, choice: CameraChoice, fps: float | None) -> Source:

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vo.sources.base import SkippedFrame, Source
+from vo.sources.base import SkipLog, SkippedFrame, Source
 from vo.sources.cameras import CameraChoice, read_camera
 from vo.sources.capture import Capture, open_file
 from vo.sources.images import check_fps, refuse_fps
@@ -21,9 +22,14 @@ from vo.sources.sequence import check_size, nothing_readable
 from vo.sources.timestamps import index_to_ns, read_times
 from vo.types import Camera, Frame, SourceError
 
+if TYPE_CHECKING:  # the configuration of the frontends imports torch
+    from vo.config import WebcamConfig
+
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".mjpeg"})
 _LIVE_SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "udp://", "rtp://", "srt://")
 _NUM_PROBED = 3
+# Times that go back by less than this are disorder, and such a frame is left out; by more, the clock was set.
+_CLOCK_JUMP_NS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +88,7 @@ class VideoSource:
         self._reader = _Reader(capture)
         self._times_ns = times_ns
         self._fps = self._constant_rate(fps)
-        self._skipped: list[SkippedFrame] = []
+        self._skip_log = SkipLog()
         self._lock = threading.Lock()
         self._is_closed = False
         if not any(grabbed.image is not None for grabbed in self._reader.probed):
@@ -91,20 +97,26 @@ class VideoSource:
 
     @property
     def skipped(self) -> Sequence[SkippedFrame]:
-        return tuple(self._skipped)
+        return self._skip_log.entries()
 
     def frames(self) -> Iterator[Frame]:
         """Yields every frame that can be decoded; raises SourceError on a change of size."""
-        last_ns, index = -1, 0
+        last_ns, index, shift_ns, period_ns = -1, 0, 0, 0
         while (grabbed := self._next()) is not None:
-            timestamp_ns = self._timestamp_ns(index, grabbed.position_ms)
+            timestamp_ns = self._timestamp_ns(index, grabbed.position_ms) + shift_ns
+            if self._counts_container_time and last_ns - timestamp_ns > _CLOCK_JUMP_NS:
+                # The clock was set, or its counter ran over: time goes on from here, one period after the last frame.
+                jump_ns = last_ns - timestamp_ns
+                self._skip(index, f"kept: the clock went back by {jump_ns * 1e-9:.1f} s and is taken on", is_kept=True)
+                shift_ns += jump_ns + period_ns
+                timestamp_ns = last_ns + period_ns
             if grabbed.image is None:
                 self._skip(index, "cannot be decoded")
             elif timestamp_ns <= last_ns:
                 self._skip(index, f"timestamp {timestamp_ns} ns does not rise above {last_ns} ns")
             else:
                 check_size(grabbed.image.shape, self.camera, f"{self.name}: frame {index}")
-                last_ns = timestamp_ns
+                last_ns, period_ns = timestamp_ns, timestamp_ns - last_ns if last_ns >= 0 else period_ns
                 yield Frame(index, timestamp_ns, grabbed.image, self.camera)
             index += 1
         if not self._is_closed:
@@ -145,15 +157,19 @@ class VideoSource:
 
     def _check_end(self, num_read: int, last_ns: int) -> None:
         if last_ns < 0:
-            raise SourceError(nothing_readable(self.name, self._skipped))
+            raise SourceError(nothing_readable(self.name, self.skipped))
         announced = len(self._times_ns) if self._times_ns is not None else self.num_frames or 0
         # A container's count may be an estimate (duration times rate), so one in a hundred is no loss.
         tolerated = 0 if self._times_ns is not None else 1 + announced // 100
         if announced - num_read > tolerated:
             self._skip(num_read, f"the video ends here, but {announced} frames are announced; is the file whole?")
 
-    def _skip(self, index: int, reason: str) -> None:
-        self._skipped.append(SkippedFrame(index, f"frame {index}", reason))
+    @property
+    def _counts_container_time(self) -> bool:
+        return self._times_ns is None and self._fps is None
+
+    def _skip(self, index: int, reason: str, *, is_kept: bool = False) -> None:
+        self._skip_log.add(SkippedFrame(index, f"frame {index}", reason, is_kept))
 
 
 def open_video(name: str, path: Path, choice: CameraChoice, fps: float | None = None) -> VideoSource:
@@ -178,18 +194,22 @@ def open_video(name: str, path: Path, choice: CameraChoice, fps: float | None = 
     return VideoSource(name, capture, camera, times_ns=times_ns, fps=fps, ground_truth=ground_truth)
 
 
-def open_video_url(url: str, choice: CameraChoice, fps: float | None = None) -> Source:
+def open_video_url(
+    url: str, choice: CameraChoice, fps: float | None = None, webcam: WebcamConfig | None = None
+) -> Source:
     """A video behind a URL, or a live stream (RTSP and the like, or one without a known end). Raises SourceError."""
-    from vo.sources.webcam import LiveSource
+    from vo.sources.webcam import open_live_url
 
-    capture = open_file(url)
-    if capture is None:
-        raise SourceError(f"{url}: cannot be opened; is the address right, and the server up?")
-    camera = _camera(url, capture, choice, None)
-    if url.lower().startswith(_LIVE_SCHEMES) or capture.num_frames == 0:
-        refuse_fps(fps, "a live stream is timed as its frames arrive")
-        return LiveSource(url, capture, camera)
-    return VideoSource(url, capture, camera, fps=fps)
+    is_live = url.lower().startswith(_LIVE_SCHEMES)
+    if not is_live:
+        capture = open_file(url)
+        if capture is None:
+            raise SourceError(f"{url}: cannot be opened; is the address right, and the server up?")
+        if capture.num_frames > 0:
+            return VideoSource(url, capture, _camera(url, capture, choice, None), fps=fps)
+        capture.release()  # a stream is opened anew: without the frames that were read ahead of their time
+    refuse_fps(fps, "a live stream is timed as its frames arrive")
+    return open_live_url(url, choice, webcam)
 
 
 def _camera(name: str, capture: Capture, choice: CameraChoice, own: Path | None) -> Camera:
