@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
+import json
 import os
 import pickle
 import struct
@@ -89,7 +90,10 @@ class WeightsStatus:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """A state dict and, where the file says so under "net", the text of the constructor of its network."""
+    """A state dict and, where the file says so under "net", the text of the constructor of its network.
+
+    Safetensors say it in their metadata.
+    """
 
     state_dict: dict[str, Tensor]
     constructor: str | None
@@ -370,12 +374,21 @@ def _parse(content: bytes, file: WeightsFile) -> dict[str, Tensor]:
 def _parse_checkpoint(content: bytes, file: WeightsFile) -> Checkpoint:
     """Tensors by name and the constructor; nothing in the file can run code."""
     tree = _unpacked(content, file)
+    if file.path.suffix == ".safetensors":
+        return Checkpoint(_checked_tensors(tree, file), _metadata(content).get("net"))
     if not isinstance(tree, dict) or not isinstance(tree.get("state_dict"), dict):
         return Checkpoint(_checked_tensors(tree, file), None)
     constructor = tree.get("net")
     if constructor is not None and not isinstance(constructor, str):
         raise WeightsError(f"{file.path}: net: expected the text of a constructor, got {type(constructor).__name__}")
     return Checkpoint(_checked_tensors(tree["state_dict"], file), constructor)
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The texts in the header of safetensors that were parsed before: its length in 8 bytes, then JSON."""
+    length = int.from_bytes(content[:8], "little")
+    texts: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return texts
 
 
 def _unpacked(content: bytes, file: WeightsFile) -> object:

@@ -186,9 +186,14 @@ def refine(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack((grid.sum(dim=1) @ steps, grid.sum(dim=2) @ steps), dim=1), probabilities.amax(dim=1)
 
 
+def has_fine_matcher(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether these weights can refine: the published file can, the folded backbone alone cannot."""
+    return "fine_matcher.0.weight" in state_dict
+
+
 def load_fine_matcher(state_dict: Mapping[str, Tensor], device: torch.device) -> nn.Sequential:
     """The perceptron (N, 128) -> (N, 64) that refines a match, with BatchNorm folded. Raises WeightsError."""
-    if "fine_matcher.0.weight" not in state_dict:
+    if not has_fine_matcher(state_dict):
         raise WeightsError(
             "these weights for XFeat lack the fine matcher that xfeat-star needs; give the published file, xfeat.pt "
             "(`vo weights fetch xfeat`, or its path in the setting `weights`), or train one: tools/train_xfeat_star.py"

@@ -22,6 +22,7 @@ from frontends.training.samplers import DenseMaps, ScoreRows, full_rows, grid_ro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import r2d2_inliers  # noqa: E402
 import train_r2d2  # noqa: E402
 
 PLAIN = WarpConfig(brightness=0.0, contrast=1.0, noise=0.0)
@@ -60,6 +61,14 @@ def test_pairs_depend_on_the_seed_alone_and_small_photos_are_refused() -> None:
     assert np.array_equal(one.image1, same.image1) and not np.array_equal(one.image1, other.image1)
     with pytest.raises(ValueError, match="photo: expected"):
         homographic_pair(photo(side=80), 96, np.random.default_rng(0))
+
+
+def test_the_asked_share_of_the_pairs_has_no_colour() -> None:
+    generator = np.random.default_rng(0)
+    for share, least, most in ((0.0, 0, 0), (0.5, 15, 45), (1.0, 60, 60)):
+        pairs = [homographic_pair(photo(), 48, generator, WarpConfig(noise=0.0, gray=share)) for _ in range(60)]
+        gray = [all(np.ptp(image, axis=2).max() == 0 for image in (pair.image0, pair.image1)) for pair in pairs]
+        assert least <= sum(gray) <= most
 
 
 # ---------------------------------------------------------------- average precision
@@ -340,6 +349,34 @@ def test_a_few_steps_lower_the_loss_and_are_reproducible() -> None:
     assert network.architecture.constructor == "Quad_L2Net_ConfCFS(dim=16, mchan=1)"
 
 
+def test_the_learning_rate_rises_to_its_highest_and_falls_to_nothing() -> None:
+    config = train_r2d2.TrainingConfig(learning_rate=0.5, rise=0.25)
+    rates = [train_r2d2.learning_rate(config, share) for share in np.linspace(0, 1, 101)]
+    assert np.argmax(rates) == 25 and rates[25] == pytest.approx(0.5)
+    assert 0 < rates[0] < 0.1 and rates[100] == pytest.approx(0.0, abs=1e-9)
+    assert np.all(np.diff(rates[:26]) > 0) and np.all(np.diff(rates[25:]) < 0)
+    flat = train_r2d2.TrainingConfig(learning_rate=0.5)
+    assert train_r2d2.learning_rate(flat, 0.0) == pytest.approx(0.5)
+
+
+def test_safetensors_keep_the_network_and_say_what_it_is(tmp_path: Path) -> None:
+    from frontends.r2d2_network import R2d2Architecture, R2d2Network, load_network
+    from frontends.weights import load_checkpoint
+
+    torch.manual_seed(0)
+    network = R2d2Network(R2d2Architecture(dim=16, mchan=1))
+    images = torch.rand(1, 3, 32, 40)
+    with torch.no_grad():
+        network(images)  # statistics that are not neutral
+    path = tmp_path / "mine.safetensors"
+    train_r2d2.write(network, path, train_r2d2.SMOKE, 100)
+    loaded, _ = load_checkpoint("r2d2", path)
+    assert loaded.constructor == "Quad_L2Net_ConfCFS(dim=16, mchan=1)"
+    expected, found = network.eval()(images), load_network(loaded.constructor, loaded.state_dict)(images)
+    torch.testing.assert_close(found.descriptors, expected.descriptors.detach(), atol=5e-3, rtol=0)
+    torch.testing.assert_close(found.repeatability, expected.repeatability.detach(), atol=2e-3, rtol=0)
+
+
 def test_the_command_writes_a_checkpoint_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from frontends.r2d2_network import load_network
     from frontends.weights import load_checkpoint
@@ -363,3 +400,41 @@ def test_a_directory_without_photographs_is_one_line(tmp_path: Path, capsys: pyt
     assert train_r2d2.main(arguments) == 2
     error = capsys.readouterr().err
     assert "broken.jpg" in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------- the comparison with random weights
+
+
+def test_the_ratio_is_that_to_the_median_seed_with_an_interval_around_it() -> None:
+    counts = np.array([[60.0, 10.0, 1.0, 20.0], [40.0, 14.0, 3.0, 24.0]])  # means 50; 12, 2, 22
+    ratio = r2d2_inliers.ratio_to_random(counts)
+    assert ratio.value == pytest.approx(50 / 12)
+    assert ratio.low == pytest.approx(40 / 14) and ratio.high == pytest.approx(60 / 10)
+    none = r2d2_inliers.ratio_to_random(np.array([[60.0, 0.0], [40.0, 0.0]]))
+    assert none.value == pytest.approx(50)  # less than one inlier counts as one
+
+
+def test_random_networks_differ_by_seed_and_only_by_it() -> None:
+    constructor = "Quad_L2Net_ConfCFS(dim=16, mchan=1)"
+    first, again = (dict(r2d2_inliers.random_networks(constructor, 2)) for _ in range(2))
+    assert set(first) == {0, 1}
+    assert torch.equal(first[1]["ops.0.weight"], again[1]["ops.0.weight"])
+    assert not torch.equal(first[0]["ops.0.weight"], first[1]["ops.0.weight"])
+
+
+def test_both_networks_are_measured_on_the_same_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A whole comparison on the bundled clip: every network names as many keypoints without thresholds."""
+    from frontends.r2d2_network import R2d2Architecture, R2d2Network, checkpoint
+
+    torch.manual_seed(7)
+    path = tmp_path / "untrained.pt"
+    torch.save(checkpoint(R2d2Network(R2d2Architecture(dim=16, mchan=1)).eval()), path)
+    arguments = ["--weights", str(path), "--source", "demo", "--frames", "6", "--every", "3", "--gaps", "1,2"]
+    assert r2d2_inliers.main([*arguments, "--seeds", "2", "--one-scale", "256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if " free " in line or " config " in line]
+    assert len(rows) == 2 * 2 + 2 * 2  # with and without thresholds, two random ones; two gaps
+    assert all(row[-1] == "2" for row in rows)  # starts 0 and 3 at both gaps
+    free, config = ([row[row.index(name) + 2] for row in rows if name in row] for name in ("free", "config"))
+    assert set(free) == {"1024"} and set(config) == {"0"}
+    assert sum(line.startswith("gap") and "median seed" in line for line in lines) == 4

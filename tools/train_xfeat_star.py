@@ -2,9 +2,9 @@
 
     python tools/train_xfeat_star.py --photos DIR --output xfeat-star.pt --minutes 3
 
-Writes the weights of the backbone, which stay as they are, with a new fine matcher. Prints how far the offsets of
-held-out pairs are off with it, and without any (the corner of the cell). One that was trained for minutes is less sure
-of itself than the published one: run it with --set frontend.extractor.min_confidence=0.05.
+Writes the weights of the backbone, which stay as they are, with a new fine matcher; the fine matcher alone, in float16,
+where the name ends in .safetensors. Prints how far the offsets of held-out pairs are off with it, and without any (the
+corner of the cell).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from packaged_weights import write_weights
 from torch import Tensor, nn
 from train_r2d2 import find_photos
 
@@ -59,9 +60,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = {f"fine_matcher.{name}": tensor for name, tensor in matcher.state_dict().items()}
     backbone = {name: tensor for name, tensor in state_dict.items() if not name.startswith("fine_matcher.")}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({**backbone, **own}, options.output)
+    if options.output.suffix == ".safetensors":
+        write_weights(own, options.output, _described(held_out, len(photos)))
+    else:
+        torch.save({**backbone, **own}, options.output)
     print(f"median error on held-out pairs: {held_out[1]:.2f} px, {held_out[0]:.2f} px without; {options.output}")
     return 0
+
+
+def _described(held_out: tuple[float, float], num_photos: int) -> dict[str, str]:
+    return {
+        "architecture": "XFeat* fine matcher, key names of verlab/accelerated_features: 128-512-512-512-512-64",
+        "fits": "xfeat-star",
+        "data": f"{num_photos} still photographs, homographic pairs made on the fly",
+        "recipe": f"frozen xfeat descriptors, cross-entropy over the 64 px of a cell, Adam {_LEARNING_RATE} to zero as "
+        f"half a cosine, {_PAIRS} pairs of {_SIDE_PX} px a step",
+        "measured": f"median error on held-out pairs {held_out[1]:.2f} px, {held_out[0]:.2f} px without",
+    }
 
 
 def train(

@@ -15,7 +15,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class WarpConfig:
-    """How different the two views are; every value is the largest one, drawn evenly up to it."""
+    """How different the two views are; every value but `gray` is the largest one, drawn evenly up to it."""
 
     rotation_deg: float = setting(20.0, minimum=0.0, maximum=180.0, help="either way, deg")
     scale: float = setting(1.4, minimum=1.0, maximum=4.0, help="size ratio, either way")
@@ -25,6 +25,7 @@ class WarpConfig:
     brightness: float = setting(0.15, minimum=0.0, maximum=1.0, help="added, share of the range")
     contrast: float = setting(1.4, minimum=1.0, maximum=4.0, help="ratio, either way")
     noise: float = setting(0.02, minimum=0.0, maximum=1.0, help="deviation, share of the range")
+    gray: float = setting(0.0, minimum=0.0, maximum=1.0, help="share of the pairs that have no colour")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -51,6 +52,9 @@ def homographic_pair(
             f"photo: expected (H, W, 3) uint8 of at least {side_px} px a side, got {photo.shape} {photo.dtype}"
         )
     warp = warp or WarpConfig()
+    # No number is drawn where the answer is known, so that pairs in colour alone are those of every seed before.
+    if warp.gray > 0 and generator.uniform() < warp.gray:
+        photo = np.repeat(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2).astype(np.uint8)
     H_view0_view1 = random_homography(side_px, generator, warp)
     column = int(generator.integers(photo.shape[1] - side_px + 1))
     row = int(generator.integers(photo.shape[0] - side_px + 1))
