@@ -63,6 +63,10 @@ class Aliked:
         return f"aliked-{self.config.variant}"
 
     @property
+    def descriptor_dim(self) -> int:
+        return ARCHITECTURES[self.config.variant].descriptor_dim
+
+    @property
     def precision(self) -> str:
         """How the network is evaluated, for the summary of a run.
 
@@ -119,7 +123,12 @@ def check_image(image: NDArray[np.uint8]) -> tuple[int, int]:
     """(width, height) px of an image an extractor accepts; raises ValueError for others."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise ValueError(f"image: expected (H, W, 3) or (H, W) uint8, got {image.shape} {image.dtype}")
-    height, width = image.shape[:2]
+    return check_size(image.shape)
+
+
+def check_size(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(width, height) px of an image of shape (H, W, ...); raises ValueError where it is too small."""
+    height, width = shape[:2]
     if min(height, width) < STRIDE:
         raise ValueError(f"image: expected sides of at least {STRIDE} px, got {width}x{height}")
     return width, height

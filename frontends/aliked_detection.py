@@ -6,12 +6,14 @@ Zhao et al., "ALIKE", IEEE TMM 2022, arXiv 2112.02906, section III-B; ALIKED (ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from frontends.base import per_axis
 from frontends.selection import CANDIDATES_PER_KEYPOINT, spread_order
 
 RADIUS = 2  # px, of the suppression window, the soft-argmax window and the cleared border
@@ -37,10 +39,12 @@ def detect(
     score_threshold: float | None = None,
     num_rounds: int = ROUNDS,
     spread_cell_px: int | None = None,
+    suppress: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Detections:
     """The `max_keypoints` strongest peaks of each (B, 1, H, W) score map, those above the threshold if there is one.
 
     With `spread_cell_px` they are taken from the cells of the image in turn, among several times as many.
+    `suppress`, a form of `suppress_non_maxima`, keeps all shapes fixed; without it the CPU looks at few pixels only.
     Differentiable with respect to the score map through the sub-pixel places and the scores read there.
     """
     score_map = score_map.contiguous()
@@ -48,11 +52,11 @@ def detect(
     minimum = score_threshold or 0.0
     num_candidates = max_keypoints * (1 if spread_cell_px is None else CANDIDATES_PER_KEYPOINT)
     detached = score_map.detach()
-    if score_map.device.type == "cpu":
+    if score_map.device.type == "cpu" and suppress is None:
         images = [strongest_peaks(image[0], num_candidates, minimum, num_rounds) for image in detached]
         peak_scores, indices = (torch.stack(parts) for parts in zip(*images, strict=True))
     else:
-        peaks = clear_border(suppress_non_maxima(detached, num_rounds)).flatten(1)
+        peaks = clear_border((suppress or suppress_non_maxima)(detached, num_rounds)).flatten(1)
         peaks = functional.pad(peaks, (0, max(0, num_candidates - peaks.shape[1])))
         peak_scores, indices = peaks.topk(num_candidates)
     if spread_cell_px is not None:
@@ -174,5 +178,5 @@ def refine(score_map: Tensor, indices: Tensor) -> Tensor:
 def sample_scores(score_map: Tensor, keypoints: Tensor) -> Tensor:
     """Scores (B, K), bilinear at keypoints (B, K, 2) px of (B, 1, H, W)."""
     height, width = score_map.shape[2:]
-    grid = keypoints * keypoints.new_tensor([2 / (width - 1), 2 / (height - 1)]) - 1
+    grid = keypoints * per_axis(keypoints, 2 / (width - 1), 2 / (height - 1)) - 1
     return functional.grid_sample(score_map, grid.unsqueeze(1), align_corners=True)[:, 0, 0]

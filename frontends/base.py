@@ -92,6 +92,15 @@ class Features:
         object.__setattr__(self, name, self.memory.num_valid())
         return self.num_valid
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether `num_valid` can be read without waiting."""
+        try:
+            object.__getattribute__(self, "num_valid")
+        except AttributeError:
+            return False
+        return True
+
     def __post_init__(self) -> None:
         capacity = self.keypoints.shape[0]
         if self.keypoints.shape != (capacity, 2):
@@ -200,8 +209,15 @@ def to_full_resolution(keypoints: Tensor, resized: tuple[int, int], full: tuple[
 
     Pixel centres are at integers, so the map is (p + 0.5) s - 0.5 and not p s.
     """
-    scale = keypoints.new_tensor([full[0] / resized[0], full[1] / resized[1]])
-    return (keypoints + 0.5) * scale - 0.5
+    return (keypoints + 0.5) * per_axis(keypoints, full[0] / resized[0], full[1] / resized[1]) - 0.5
+
+
+def per_axis(like: Tensor, x: float, y: float) -> Tensor:
+    """The tensor (x, y), of the device and type of another, made there: a CUDA graph takes nothing from the host."""
+    numbers = like.new_empty(2)
+    numbers[0].fill_(x)
+    numbers[1].fill_(y)
+    return numbers
 
 
 def setting(

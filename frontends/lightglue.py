@@ -18,7 +18,7 @@ from torch import Tensor
 
 from frontends.base import Features, Matches, WeightsError, check_settings, setting
 from frontends.lightglue_network import build_network, normalize_keypoints
-from frontends.lightglue_packed import Span, pack
+from frontends.lightglue_packed import PackedLightGlue, Span, pack
 
 PRESETS: Mapping[str, tuple[float, float, int | None]] = {
     "real-time": (0.95, 0.99, None),
@@ -122,18 +122,33 @@ class LightGlue:
         self.device = torch.device(device)
         network = build_network(state_dict, name)
         self.architecture = network.architecture
-        self._packed = pack(network.to(self.device), picked_precision(config.precision, self.device))
+        self._network = network.to(self.device)
+        self._packed = pack(self._network, picked_precision(config.precision, self.device))
         self._depth_confidence, self._width_confidence, max_layers = config.limits()
         self._num_layers = min(max_layers or self.architecture.num_layers, self.architecture.num_layers)
         if self._depth_confidence < 1 and not self.architecture.has_confidence:
             raise WeightsError(f"{name}: has no confidence heads to stop early with; set depth_confidence to 1")
-        self._log_threshold = math.log(config.filter_threshold) if config.filter_threshold > 0 else -math.inf
+        self.log_threshold = math.log(config.filter_threshold) if config.filter_threshold > 0 else -math.inf
         self._recent: list[tuple[weakref.ref[Features], _Encoded]] = []
 
     @property
     def precision(self) -> str:
         """The precision of matrix products in use: "float32", "bfloat16" or "float16"."""
         return str(self._packed.dtype).removeprefix("torch.")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that are run at most."""
+        return self._num_layers
+
+    @property
+    def confidences(self) -> tuple[float, float]:
+        """Depth and width confidence in use."""
+        return self._depth_confidence, self._width_confidence
+
+    def packed_in(self, dtype: torch.dtype) -> PackedLightGlue:
+        """The weights with products in a precision, which may be another than the configured one."""
+        return self._packed if dtype == self._packed.dtype else pack(self._network, dtype)
 
     def check_fit(self, kind: str, descriptor_dim: int | None = None) -> None:
         """Raise WeightsError unless these weights were made for features of this kind and descriptor length."""
@@ -207,7 +222,7 @@ class LightGlue:
     def _assigned(self, layer: int, pair: _Pair) -> Matches:
         log_assignment = self._packed.log_assignment(layer, pair.state, *pair.spans)
         best, largest_of_column = log_assignment.max(dim=1), log_assignment.amax(dim=0)
-        is_match = (best.values == largest_of_column[best.indices]) & (best.values > self._log_threshold)
+        is_match = (best.values == largest_of_column[best.indices]) & (best.values > self.log_threshold)
         rows = is_match.nonzero()[:, 0]
         indices = torch.stack((pair.kept[0][rows], pair.kept[1][best.indices[rows]]), dim=1).cpu().numpy()
         # Two points of image 0 may tie exactly for one of image 1: the first has it.

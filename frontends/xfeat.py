@@ -19,11 +19,11 @@ from torch import Tensor
 
 from frontends.base import Features, check_settings, resized_shape, setting, to_full_resolution
 from frontends.selection import CANDIDATES_PER_KEYPOINT, SPREAD_CELL_PX, spread_order
-from frontends.xfeat_network import CELL_PX, STRIDE_PX, XFeatMaps, load_network
+from frontends.xfeat_network import CELL_PX, STRIDE_PX, XFeatMaps, XFeatNetwork, load_network
 
 # Free parameter of the cubic convolution kernel (Keys 1981), as PyTorch's bicubic sampling has it.
 _CUBIC = -0.75
-_NMS_SIZE_PX = 5
+NMS_SIZE_PX = 5
 # Shorter vectors are divided by this, as torch.nn.functional.normalize does.
 _MIN_LENGTH = 1e-12
 # Just below the 32 MB up to which glibc adapts; the block is never written to.
@@ -60,6 +60,7 @@ class XFeat:
     ) -> None:
         self.config = config
         self.device = torch.device(device)
+        self._state_dict = state_dict
         self._network = load_network(state_dict, self.device, picked_precision(config.precision))
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -72,6 +73,10 @@ class XFeat:
     def precision(self) -> str:
         """Precision of the backbone, for the summary of a run; stem and heads always work in float32."""
         return str(self._network.dtype).removeprefix("torch.")
+
+    def network_in(self, dtype: torch.dtype) -> XFeatNetwork:
+        """The network with its backbone in a precision, which may be another than the configured one."""
+        return self._network if dtype == self._network.dtype else load_network(self._state_dict, self.device, dtype)
 
     @torch.inference_mode()
     def extract(self, image: NDArray[np.uint8]) -> Features:
@@ -105,7 +110,12 @@ def check_image(image: NDArray[np.uint8]) -> tuple[int, int]:
     """(width, height) px of an image that XFeat accepts; raises ValueError for others."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise ValueError(f"image: expected (H, W, 3) or (H, W) uint8, got {image.shape} {image.dtype}")
-    height, width = image.shape[:2]
+    return check_size(image.shape)
+
+
+def check_size(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(width, height) px of an image of shape (H, W, ...); raises ValueError where it is too small."""
+    height, width = shape[:2]
     if min(height, width) < STRIDE_PX:
         raise ValueError(f"image: expected sides of at least {STRIDE_PX} px, got {width}x{height}")
     return width, height
@@ -123,7 +133,11 @@ def picked_precision(requested: str) -> torch.dtype:
 def gray_batch(image: NDArray[np.uint8], device: torch.device) -> Tensor:
     """(1, 1, H, W) float32 in [0, 1], the mean of the channels of (H, W, 3) or (H, W) uint8."""
     # Frames are read-only, and PyTorch warns of tensors over read-only memory: the copy is cheaper than the rest.
-    pixels = torch.from_numpy(np.array(image, order="C")).to(device)
+    return gray_pixels(torch.from_numpy(np.array(image, order="C")).to(device))
+
+
+def gray_pixels(pixels: Tensor) -> Tensor:
+    """The same of a tensor (H, W, 3) or (H, W) uint8."""
     if pixels.ndim == 2:
         return pixels.float().mul_(1 / 255)[None, None]
     return pixels[..., 0].float().add_(pixels[..., 1]).add_(pixels[..., 2]).mul_(1 / (3 * 255))[None, None]
@@ -203,14 +217,17 @@ def peaks(heat: Tensor, threshold: float) -> Tensor:
     """(B, H, W) bool: above the threshold, and nothing within 5x5 px is larger."""
     if heat.device.type == "cpu":
         # A hundred times faster than max-pooling in PyTorch.
-        largest, window = torch.empty_like(heat), np.ones((_NMS_SIZE_PX, _NMS_SIZE_PX), dtype=np.uint8)
+        largest, window = torch.empty_like(heat), np.ones((NMS_SIZE_PX, NMS_SIZE_PX), dtype=np.uint8)
         for image, destination in zip(heat, largest, strict=True):
             cv2.dilate(image.numpy(), window, destination.numpy())
     else:
-        largest = F.max_pool2d(heat, _NMS_SIZE_PX, stride=1, padding=_NMS_SIZE_PX // 2)
-    # The smallest float32 above the threshold: one comparison instead of two over the whole image.
-    above = float(np.nextafter(np.float32(threshold), np.float32(2.0)))
-    return heat >= largest.clamp_(min=above)
+        largest = F.max_pool2d(heat, NMS_SIZE_PX, stride=1, padding=NMS_SIZE_PX // 2)
+    return heat >= largest.clamp_(min=smallest_above(threshold))
+
+
+def smallest_above(threshold: float) -> float:
+    """The smallest float32 above a threshold: one comparison instead of two over the whole image."""
+    return float(np.nextafter(np.float32(threshold), np.float32(2.0)))
 
 
 def sample_descriptors(descriptors: Tensor, places: Tensor) -> Tensor:

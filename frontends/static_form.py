@@ -1,0 +1,120 @@
+"""What an extractor looks like to the engine: a function from an image in a fixed buffer to tensors of fixed shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StaticFeatures:
+    """Keypoints (K, 2) px of the full image, scores (K,), descriptors (K, D); zeros from `count`, a tensor (1,), on."""
+
+    keypoints: Tensor
+    scores: Tensor
+    descriptors: Tensor
+    count: Tensor
+
+
+Program = Callable[[Tensor], StaticFeatures]
+"""From an image (H, W, 3) or (H, W) uint8 on the device to its features, without a look at any value."""
+
+
+class StaticForm(Protocol):
+    """An extractor that can be captured."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def capacity(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def descriptor_dim(self) -> int: ...
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What it can compute in, the exact one first."""
+        ...
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Whose kernels there are, "torch" first; "triton" where they can run."""
+        ...
+
+    def program(self, shape: tuple[int, ...], precision: str, kernels: str) -> Program:
+        """For images of a shape; `kernels` is "torch" or "triton". Raises ValueError for a shape it does not take."""
+        ...
+
+
+@contextmanager
+def arithmetic(precision: str) -> Iterator[None]:
+    """Whether float32 products on a GPU may be rounded to TF32 inside; elsewhere, and for other types, no difference.
+
+    The choice ends up in what is captured, so it holds for replays too.
+    """
+    is_rounded = precision == "tf32"
+    before = [_exchange(backend, is_rounded) for backend in _backends()]
+    try:
+        yield
+    finally:
+        for backend, value in zip(_backends(), before, strict=True):
+            _restore(backend, value)
+
+
+def _backends() -> tuple[Any, Any]:
+    return torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+
+
+def _exchange(backend: Any, is_rounded: bool) -> object:
+    """PyTorch 2.9 renamed the switch, and warns of the old name."""
+    if hasattr(backend, "fp32_precision"):
+        before = backend.fp32_precision
+        backend.fp32_precision = "tf32" if is_rounded else "ieee"
+    else:
+        before = backend.allow_tf32
+        backend.allow_tf32 = is_rounded
+    return before
+
+
+def _restore(backend: Any, value: object) -> None:
+    setattr(backend, "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32", value)
+
+
+class AreaResize:
+    """Shrinks an image on the device as OpenCV's INTER_AREA does on the host: the mean over what a pixel covers.
+
+    Every output row is a weighted sum of input rows, and so is every column: two matrix products.
+    """
+
+    def __init__(self, full: tuple[int, int], resized: tuple[int, int], device: torch.device) -> None:
+        """Sizes are (width, height) px."""
+        self._columns = area_weights(full[0], resized[0], device)
+        self._rows = area_weights(full[1], resized[1], device)
+        # OpenCV halves in integers and rounds halves up; elsewhere halves go to the even number.
+        self._halves_up = full == (2 * resized[0], 2 * resized[1])
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(H, W, 3) or (H, W) uint8 -> the same, smaller."""
+        planes = image.float() if image.ndim == 2 else image.permute(2, 0, 1).float()
+        with arithmetic("float32"):
+            shrunk = self._rows @ planes @ self._columns.T
+        whole = torch.floor(shrunk + 0.5) if self._halves_up else torch.round(shrunk)
+        whole = whole.clamp_(0, 255).to(torch.uint8)
+        return whole if image.ndim == 2 else whole.permute(1, 2, 0)
+
+
+def area_weights(size: int, resized: int, device: torch.device) -> Tensor:
+    """(resized, size) float32: the share that every input pixel has in every output pixel."""
+    scale = size / resized
+    edges = torch.arange(resized + 1, dtype=torch.float64) * scale
+    pixels = torch.arange(size, dtype=torch.float64)
+    first, last = edges[:-1, None].clamp(min=pixels), edges[1:, None].clamp(max=pixels + 1)
+    return ((last - first).clamp_(min=0) / scale).float().to(device)
