@@ -19,6 +19,7 @@ from frontends.training.aliked_trainable import TrainingMaps, described, trainin
 from frontends.training.pairs_homography import MotionConfig, random_views
 from frontends.training.photometry import PhotometryConfig, relit
 from frontends.training.photos import PhotoBank
+from frontends.training.tasks_features import Checks
 from frontends.training.trainer import Draws
 from frontends.training.xfeat_trainable import TrainableXFeat, XFeatTaps
 
@@ -149,8 +150,10 @@ class AlikedDistillation:
         bank: PhotoBank,
         held_out: PhotoBank,
         config: DistillationConfig,
+        checks: Checks,
     ) -> None:
         self.network: AlikedNetwork = student
+        self._checks = checks
         self._teacher = teacher.eval().requires_grad_(False)
         self._bank, self._config = bank, config
         self._check = _fixed_views(held_out, config)
@@ -178,6 +181,7 @@ class AlikedDistillation:
             "total": float(losses["total"]),
             "similarity": 1 - float(losses["descriptors"]),
             "same_keypoints": float((distances < 1.0).float().mean()),
+            **self._checks.figures(network),
         }
 
 
@@ -191,8 +195,10 @@ class XFeatDistillation:
         bank: PhotoBank,
         held_out: PhotoBank,
         config: DistillationConfig,
+        checks: Checks,
     ) -> None:
         self.network: TrainableXFeat = student
+        self._checks = checks
         self._teacher = teacher.eval().requires_grad_(False)
         self._bank, self._config = bank, config
         self._check = _fixed_views(held_out, config)
@@ -218,6 +224,7 @@ class XFeatDistillation:
             "similarity": 1 - float(losses["descriptors"]),
             "keypoints": float(losses["keypoints"]),
             "reliability": float(losses["reliability"]),
+            **self._checks.figures(network),
         }
 
 

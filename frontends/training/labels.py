@@ -71,12 +71,14 @@ def _distances(places: Tensor, keypoints: Tensor) -> Tensor:
     is_finite = torch.isfinite(places).all(dim=-1, keepdim=True)
     steps = torch.where(is_finite, places, 0.0)[:, :, None] - keypoints[:, None]
     # Not by the squares of the norms, whose difference is too coarse in float32.
-    return torch.linalg.vector_norm(steps, dim=-1).masked_fill(~is_finite, torch.inf)
+    distances: Tensor = torch.linalg.vector_norm(steps, dim=-1).masked_fill(~is_finite, torch.inf)
+    return distances
 
 
 def _is_lonely(moved: Transfer, valid: Tensor, distances: Tensor, unmatchable_px: float) -> Tensor:
     is_far: Tensor = distances.amin(dim=2) > unmatchable_px
-    return valid & moved.is_known & (~moved.is_visible | is_far)
+    is_lonely: Tensor = valid & moved.is_known & (~moved.is_visible | is_far)
+    return is_lonely
 
 
 def _partners(best: Tensor, is_match: Tensor, is_lonely: Tensor) -> Tensor:
