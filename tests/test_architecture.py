@@ -33,6 +33,14 @@ LAYERS = (
         "vo.tracks_archive",
         "vo.ground_plane",
         "vo.stereo",
+        "vo.calibration",
+        "vo.calibration_boards",
+        "vo.calibration_capture",
+        "vo.calibration_corners",
+        "vo.calibration_print",
+        "vo.calibration_solver",
+        "vo.calibration_verdict",
+        "vo.calibration_window",
     },
     {
         "vo.window",
@@ -46,6 +54,7 @@ LAYERS = (
         "vo.plots",
         "vo.path_sketch",
         "vo.summary",
+        "vo.calibration_report",
     },
     {"vo.scene", "vo.scene_view", "vo.scene_truth", "vo.scene_panel", "vo.scene_video", "vo.scene_live"},
     {
@@ -77,6 +86,7 @@ LAYERS = (
     },
     {"vo.bench_statistics", "vo.bench_machine", "vo.bench_peers", "vo.bench_report", "vo.bench_compare", "vo.bench"},
     {
+        "vo.calibrate_command",
         "vo.run_command",
         "vo.batch_manifest",
         "vo.batch_jobs",

@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_bench_matching(commands)
     _add_weights(commands)
+    _add_calibrate(commands)
     _add_doctor(commands)
     return parser
 
@@ -316,6 +317,50 @@ def _add_weights(commands: argparse._SubParsersAction[_Parser]) -> None:
     verifying = actions.add_parser("verify", help="check size and hash of what is here")
     verifying.add_argument("names", metavar="NAME", nargs="*", help="which ones; none: all that are here")
     verifying.set_defaults(command=_weights_verify)
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="find the intrinsics of a camera with a printed board",
+        description="Finds the intrinsics of a camera from views of a board and writes camera.yaml and a report. "
+        "A calibration that is not good enough is written too, with a warning; with --strict the exit code is then 2. "
+        "One that says nothing is an error and not written. How to print, hold and judge: docs/CALIBRATION.md.",
+    )
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="webcam:0, a video, or a directory of images")
+    parser.add_argument(
+        "--board",
+        metavar="B",
+        default="charuco:10x7",
+        help="charuco:10x7 (squares; the default), "
+        "charuco:10x7:5x5_100:0.7 (dictionary, marker side over square side), chessboard:9x6 (inner corners)",
+    )
+    parser.add_argument("--square-m", metavar="M", type=float, default=0.025, help="side of a square (default: 0.025)")
+    parser.add_argument(
+        "-o", "--output", metavar="F", type=Path, default=Path("camera.yaml"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--model",
+        choices=("auto", "pinhole", "brown", "rational", "fisheye"),
+        default="auto",
+        help="default: the one that predicts unseen views best",
+    )
+    parser.add_argument(
+        "--print-board", metavar="F.pdf", type=Path, help="write the board to print, PDF or PNG, and end"
+    )
+    parser.add_argument(
+        "--paper", choices=("a4", "letter", "a3", "a2"), default="a4", help="of the board (default: a4)"
+    )
+    parser.add_argument(
+        "--views", metavar="N", type=_positive, default=30, help="of a live camera (default: %(default)s)"
+    )
+    parser.add_argument("--save-images", metavar="DIR", type=Path, help="keep the images of live views")
+    parser.add_argument("--picture", metavar="F.png", type=Path, help="draw corners, residuals and uncertainty")
+    parser.add_argument("--headless", action="store_true", help="guidance in words, no window")
+    parser.add_argument("--strict", action="store_true", help="exit code 2 where it is not good enough")
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no report, errors only")
+    parser.set_defaults(command=_calibrate)
 
 
 def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -589,6 +634,30 @@ def _weights_verify(options: argparse.Namespace) -> int:
     if num_bad:
         raise WeightsError(f"{num_bad} of {len(names)} sets of weights cannot be used; see above")
     return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from vo.calibrate_command import CalibrateRequest, calibrate_command
+
+    return calibrate_command(
+        CalibrateRequest(
+            source=options.source,
+            board=options.board,
+            square_m=options.square_m,
+            output=options.output,
+            model=options.model,
+            print_board=options.print_board,
+            paper=options.paper,
+            num_views=options.views,
+            save_images=options.save_images,
+            picture=options.picture,
+            is_headless=options.headless,
+            is_strict=options.strict,
+            is_json=options.json,
+            is_quiet=options.quiet,
+        )
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:
