@@ -32,7 +32,17 @@ from vo.output import OutputError
 from vo.scene import POINTS_PER_CHUNK, SEGMENTS_PER_CHUNK, STATUS_COLORS, Chunk, Layer, Scene
 from vo.scene_feed import Mailbox, Received
 from vo.scene_live import Link, LiveScene
-from vo.scene_panel import PANEL_WIDTH, Panel, TextLine, TrackPicture, age_colors, hidden_layers, rgb
+from vo.scene_panel import (
+    PANEL_WIDTH,
+    Panel,
+    TextLine,
+    TrackPicture,
+    age_colors,
+    hidden_layers,
+    rgb,
+    stamp_dots,
+    tails,
+)
 from vo.scene_truth import TruthAligner, align
 from vo.scene_video import VideoWriter, write_picture
 from vo.scene_view import (
@@ -344,6 +354,41 @@ def test_tails_show_where_a_track_comes_from():
     background = rgb((0.16, 0.17, 0.21))
     is_drawn = np.any(row != background, axis=1)
     assert is_drawn[100:300].all() and not is_drawn[:98].any() and not is_drawn[305:].any()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.integers(0, 8), max_size=8), min_size=1, max_size=6))
+def test_tails_are_where_each_track_was_in_every_frame(ids_of_frames):
+    """Against a dictionary for each frame; a publisher that sends an id twice must not hurt."""
+    frames = []
+    for index, ids in enumerate(ids_of_frames):
+        keypoints = np.array([[index, place] for place in range(len(ids))], np.float32).reshape(-1, 2)
+        tracks = some_tracks(index, num_tracks=len(ids))
+        frames.append(replace(tracks, track_ids=np.array(ids, np.int64), keypoints=keypoints))
+    found = tails(frames)
+    assert found.shape == (len(ids_of_frames[-1]), len(frames), 2)
+    for row, track_id in enumerate(ids_of_frames[-1]):
+        expected = frames[-1].keypoints[row]
+        np.testing.assert_array_equal(found[row, 0], expected)
+        for age, older in enumerate(frames[-2::-1], 1):
+            places = np.flatnonzero(older.track_ids == track_id)
+            expected = older.keypoints[places[0]] if len(places) else expected
+            np.testing.assert_array_equal(found[row, age], expected)
+
+
+def test_dots_and_their_edges():
+    canvas = np.zeros((6, 8, 3), np.uint8)
+    offsets = np.array([[0, 0], [1, 0], [0, -1]], np.int32)
+    pixels = np.array([[0, 0], [7, 5], [-1, 3], [100, 2], [3, 3]], np.int32)
+    colors = np.arange(1, 6, dtype=np.uint8)[:, None] * np.array([10, 20, 30], np.uint8)
+    stamp_dots(canvas, pixels, colors, offsets)
+    expected = np.zeros_like(canvas)
+    for (x, y), color in zip(pixels.tolist(), colors, strict=True):
+        for dx, dy in offsets.tolist():
+            if 0 <= x + dx < 8 and 0 <= y + dy < 6:
+                expected[y + dy, x + dx] = color
+    np.testing.assert_array_equal(canvas, expected)
+    assert canvas.any(axis=2).sum() == 8
 
 
 def test_a_broken_image_is_counted_and_the_last_one_stays():

@@ -69,7 +69,7 @@ class TrackPicture:
 
     def clear(self) -> None:
         """Forgets the run, but not its camera."""
-        self._tracks: deque[_LinkedTracks] = deque(maxlen=KEPT_FRAMES)
+        self._tracks: deque[FrameTracks] = deque(maxlen=KEPT_FRAMES)
         self._waiting: CompressedImage | None = None
         self._image: Picture | None = None
         self._resized: Picture | None = None
@@ -85,13 +85,13 @@ class TrackPicture:
         self._read_image()
         if self._image_frame is not None:
             return self._image_frame
-        return self._tracks[-1].tracks.frame_index if self._tracks else None
+        return self._tracks[-1].frame_index if self._tracks else None
 
     @property
     def num_tracks(self) -> int:
         self._read_image()
         shown = self._shown_tracks()
-        return len(shown[-1].tracks.track_ids) if shown else 0
+        return len(shown[-1].track_ids) if shown else 0
 
     def set_camera(self, camera: Camera) -> None:
         """Tells the size of the full image: keypoints are given in its pixels."""
@@ -100,7 +100,7 @@ class TrackPicture:
 
     def add_tracks(self, tracks: FrameTracks) -> None:
         """Takes the tracks of the next frame."""
-        self._tracks.append(_linked(self._tracks[-1].tracks if self._tracks else None, tracks))
+        self._tracks.append(tracks)
 
     def set_image(self, image: CompressedImage) -> None:
         """Takes a new image, to be read when it is drawn; where it cannot be, the last one stays."""
@@ -143,54 +143,49 @@ class TrackPicture:
             return self._camera.width, self._camera.height
         return (640, 480) if self._image is None else (self._image.shape[1], self._image.shape[0])
 
-    def _shown_tracks(self) -> list[_LinkedTracks]:
+    def _shown_tracks(self) -> list[FrameTracks]:
         """The tracks of the frame that is shown and of the frames before it, at most TAIL_FRAMES of them."""
         last = self._image_frame
-        known = [linked for linked in self._tracks if last is None or linked.tracks.frame_index <= last]
+        known = [tracks for tracks in self._tracks if last is None or tracks.frame_index <= last]
         return known[-TAIL_FRAMES:]
 
     def _draw_tracks(self, canvas: Picture, scale: float) -> None:
         shown = self._shown_tracks()
         if not shown:
             return
-        newest = shown[-1].tracks
-        ids = np.concatenate([linked.ids for linked in shown[1:]] or [np.zeros(0, np.int64)])
-        if len(ids):
-            is_alive = np.isin(ids, newest.track_ids)
-            lines = np.concatenate([linked.lines for linked in shown[1:]])[is_alive]
-            lengths = np.concatenate([linked.lengths for linked in shown[1:]])[is_alive]
-            self._draw_lines(canvas, to_pixels(lines, scale), color_numbers(lengths))
+        newest = shown[-1]
         pixels, ages = to_pixels(newest.keypoints, scale), color_numbers(newest.lengths)
+        self._draw_lines(canvas, to_pixels(tails(shown), scale), ages)
         for has_landmark, stamp in ((False, SMALL_DOT), (True, LARGE_DOT)):
             chosen = newest.has_landmark == has_landmark
             stamp_dots(canvas, pixels[chosen], self._colors[ages[chosen]], stamp)
 
     def _draw_lines(self, canvas: Picture, lines: NDArray[np.int32], ages: NDArray[np.int32]) -> None:
-        """Lines (N, 2, 2) px, those of one colour at once."""
+        """Lines (N, L, 2) px, those of one colour at once."""
         order = np.argsort(ages, kind="stable")
+        lines = lines[order]
         starts = np.searchsorted(ages[order], np.arange(NUM_AGE_COLORS + 1))
         for number, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
             if end > start:
                 color = tuple(int(value) for value in self._colors[number])
-                cv2.polylines(canvas, list(lines[order[start:end]]), False, color, 1)
+                cv2.polylines(canvas, list(lines[start:end]), False, color, 1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _LinkedTracks:
-    """The tracks of a frame, and the lines (M, 2, 2) px that lead to them from the frame before, with id and length."""
-
-    tracks: FrameTracks
-    ids: NDArray[np.int64]
-    lines: NDArray[np.float32]
-    lengths: NDArray[np.int32]
-
-
-def _linked(older: FrameTracks | None, newer: FrameTracks) -> _LinkedTracks:
-    if older is None:
-        return _LinkedTracks(newer, np.zeros(0, np.int64), np.zeros((0, 2, 2), np.float32), np.zeros(0, np.int32))
-    ids, index0, index1 = np.intersect1d(older.track_ids, newer.track_ids, assume_unique=True, return_indices=True)
-    lines = np.stack([older.keypoints[index0], newer.keypoints[index1]], 1)
-    return _LinkedTracks(newer, ids, lines, newer.lengths[index1])
+def tails(frames: Sequence[FrameTracks]) -> NDArray[np.float32]:
+    """(N, F, 2) px: where each track of the last of F frames has been in all of them, from the last to the first; where
+    it was not seen in one, where it was seen after that.
+    """
+    newest = frames[-1]
+    points = np.repeat(newest.keypoints[:, None], len(frames), axis=1)
+    for age, older in enumerate(reversed(frames[:-1]), 1):
+        points[:, age] = points[:, age - 1]
+        if len(older.track_ids):
+            order = np.argsort(older.track_ids, kind="stable")
+            places = np.searchsorted(older.track_ids[order], newest.track_ids)
+            rows = order[np.minimum(places, len(order) - 1)]
+            is_same = older.track_ids[rows] == newest.track_ids
+            points[is_same, age] = older.keypoints[rows[is_same]]
+    return points
 
 
 def color_numbers(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -208,11 +203,15 @@ def stamp_dots(
     canvas: Picture, pixels: NDArray[np.int32], colors: NDArray[np.uint8], offsets: NDArray[np.int32]
 ) -> None:
     """Sets the pixels around each of (N, 2) to its colour (N, 3)."""
+    set_pixels(canvas, (offsets[:, None] + pixels).reshape(-1, 2), np.tile(colors, (len(offsets), 1)))
+
+
+def set_pixels(canvas: Picture, pixels: NDArray[np.int32], colors: NDArray[np.uint8]) -> None:
+    """Sets pixels (N, 2) to colours (N, 3), the last of the same pixel on top; those outside are left out."""
     height, width = canvas.shape[:2]
-    for offset in offsets:
-        x, y = (pixels + offset).T
-        is_inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        canvas[y[is_inside], x[is_inside]] = colors[is_inside]
+    x, y = pixels[:, 0], pixels[:, 1]
+    is_inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    canvas.reshape(-1, 3)[y[is_inside] * width + x[is_inside]] = colors[is_inside]
 
 
 class Panel:
@@ -221,14 +220,16 @@ class Panel:
     def __init__(self) -> None:
         self._font = cv2.FontFace("sans")
         self._age_colors = age_colors()
+        self._blank = np.zeros((0, 0, 3), np.uint8)
 
     def draw(
         self, picture: TrackPicture, lines: Sequence[TextLine], view: ViewState, height: int, scale: float = 1.0
     ) -> Picture:
         """(height, round(PANEL_WIDTH * scale), 3) RGB; `scale` is larger on screens with fine pixels."""
         width = round(PANEL_WIDTH * scale)
-        canvas = np.empty((height, width, 3), np.uint8)
-        canvas[:] = rgb(PANEL_BACKGROUND)
+        if self._blank.shape[:2] != (height, width):
+            self._blank = np.tile(np.array(rgb(PANEL_BACKGROUND), np.uint8), (height, width, 1))
+        canvas = self._blank.copy()
         y = 0
         if view.shows_image:
             image = picture.draw(width)[:height]

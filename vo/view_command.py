@@ -38,6 +38,7 @@ DEBIAN_PACKAGES = "libusb-1.0-0 libgl1 libegl1 libx11-6 libgomp1"
 SYSTEM_LIBRARIES = ("libusb-1.0.so.0", "libGL.so.1", "libEGL.so.1", "libX11.so.6", "libgomp.so.1")
 NOT_INSTALLED = "Open3D is not installed; pip install 'lightvo[viewer]'"
 VULKAN_PACKAGES = "libvulkan1 mesa-vulkan-drivers"
+_VULKAN_CPU = 4
 
 
 class ViewerError(VoError):
@@ -86,10 +87,11 @@ def view_command(request: ViewRequest) -> int:
         stop = resources.enter_context(_stop_on_signals())
         feed = resources.enter_context(SceneFeed(request.endpoint, request.keys))
         if request.is_headless:
-            offscreen = resources.enter_context(viewer.OffscreenView(request.width, request.height))
+            size = request.width, request.height
+            offscreen = resources.enter_context(viewer.OffscreenView(*size, is_smooth=not draws_in_software()))
             _run_headless(request, live, feed, offscreen, view, stop)
         else:
-            window = viewer.WindowView(request.width, request.height, view)
+            window = viewer.WindowView(request.width, request.height, view, is_smooth=not draws_in_software())
             resources.callback(window.close)
             _run_window(request, live, feed, window, stop)
     return INTERRUPTED if stop.is_set() else 0
@@ -177,6 +179,16 @@ class _InstanceCreateInfo(ctypes.Structure):
 
 def check_vulkan() -> None:
     """Raises ViewerError without a Vulkan driver, where the engine would abort. Mesa's, in software, is enough."""
+    _vulkan_device_types()
+
+
+def draws_in_software() -> bool:
+    """Whether there is no GPU to draw with. Raises ViewerError without a Vulkan driver."""
+    return all(kind == _VULKAN_CPU for kind in _vulkan_device_types())
+
+
+def _vulkan_device_types() -> list[int]:
+    """VkPhysicalDeviceType of every device, at least one."""
     remedy = f"on Debian: apt-get install {VULKAN_PACKAGES} (draws in software where there is no GPU)"
     try:
         vulkan = ctypes.CDLL("libvulkan.so.1")
@@ -186,9 +198,20 @@ def check_vulkan() -> None:
     if vulkan.vkCreateInstance(ctypes.byref(info), None, ctypes.byref(instance)) != 0:
         raise ViewerError(f"no Vulkan driver; {remedy}")
     vulkan.vkEnumeratePhysicalDevices(instance, ctypes.byref(num_devices), None)
+    devices = (ctypes.c_void_p * num_devices.value)()
+    vulkan.vkEnumeratePhysicalDevices(instance, ctypes.byref(num_devices), devices)
+    kinds = [_vulkan_device_type(vulkan, device) for device in devices[: num_devices.value] if device]
     vulkan.vkDestroyInstance(instance, None)
-    if num_devices.value == 0:
+    if not kinds:
         raise ViewerError(f"no Vulkan device; {remedy}")
+    return kinds
+
+
+def _vulkan_device_type(vulkan: ctypes.CDLL, device: int) -> int:
+    """The fifth number of VkPhysicalDeviceProperties, a structure of some 800 bytes."""
+    properties = (ctypes.c_uint32 * 1024)()
+    vulkan.vkGetPhysicalDeviceProperties(ctypes.c_void_p(device), properties)
+    return properties[4]
 
 
 class _Progress:
