@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).parents[1] / "tools" / "measure_wire.py"
+TOOLS = Path(__file__).parents[1] / "tools"
+TOOL = TOOLS / "measure_wire.py"
+sys.path.insert(0, str(TOOLS))
+
+import measure_stuck  # noqa: E402
+import wire_tables  # noqa: E402
 
 
 def test_nothing_is_lost_by_those_that_keep_up_and_the_others_recover() -> None:
@@ -25,3 +30,25 @@ def test_nothing_is_lost_by_those_that_keep_up_and_the_others_recover() -> None:
     assert set(result["publish_ms"]) == {"all_keep_up", "one_stopped", "p99_ratio"}
     # In a process that is starved a pose may be late, but no clock runs backwards.
     assert all(entry["p50"] > 0 for entry in result["keep_up"]["latency_ms"].values())
+    text = "\n".join(wire_tables.wire_lines([result], [], []))
+    assert "0 of 1080 messages lost by consumers that keep up, 0 out of order" in text
+    assert "With a stuck consumer: not measured yet." in text and "restart of the publisher is noticed by all" in text
+
+
+def test_stretches_change_places() -> None:
+    plans = [measure_stuck.Plan(4, starts_stuck=starts) for starts in (True, False)]
+    for index in range(24):
+        assert plans[0].is_stuck(index) != plans[1].is_stuck(index)
+    assert [plans[0].is_stuck(index) for index in range(9)] == [True] * 4 + [False] * 4 + [True]
+
+
+def test_a_real_run_meets_every_frame_with_and_without_a_stuck_consumer(tmp_path: Path) -> None:
+    result = tmp_path / "stuck.json"
+    flags = ["demo", "--config", "orb", "--pairs", "1", "--stretch", "7", "--max-frames", "14", "--json", str(result)]
+    assert measure_stuck.main(flags) == 0
+    tree = json.loads(result.read_text())
+    assert tree["num_frames"] == {"all_keep_up": 4, "one_stuck": 4}, "the first five of every stretch are left out"
+    assert 0 < tree["num_stuck_consumers"] <= 2
+    for figure in tree["figures"].values():
+        assert figure["all_keep_up"]["p50"] > 0 and figure["p99_ratio"]["low"] <= figure["p99_ratio"]["high"]
+    assert "4 and 4 frames" in "\n".join(wire_tables.wire_lines([], [tree], []))

@@ -1,6 +1,6 @@
 """Measures what the wire adds and whom a stuck consumer hurts: publisher and consumers in processes of their own.
 
-    python tools/measure_wire.py --seconds 60 > wire.json
+    python tools/measure_wire.py --seconds 60 --json benchmarks/wire.json
 
 Three consumers keep up, one is stopped (SIGSTOP) in the middle and goes on later, one disconnects and comes back; at
 the end the publisher is started anew. Prints figures and whether they are within the limits as JSON; exits with 1 if
@@ -19,15 +19,18 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from vo.bench_machine import CpuWatch, read_machine
 from vo.config import PublisherConfig
 from vo.message_stream import MessageStream
 from vo.publisher import Publisher
 from vo.types import Camera, FrameTracks, PoseEstimate, TrackingStatus
 
+SCHEMA = "lightvo-wire/1"
 NUM_KEEPERS = 3
 MAX_LATENCY_MS = 3.0
 MAX_STUCK_RATIO = 1.05
@@ -105,10 +108,24 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=60.0, help="frames per second (default: %(default)s)")
     parser.add_argument("--tracks", type=int, default=1000, help="in every frame (default: %(default)s)")
     parser.add_argument("--stopped", type=float, help="s that one consumer is stopped (default: a third, at most 20)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     options = parser.parse_args()
     stopped_s = min(20.0, options.seconds / 3) if options.stopped is None else options.stopped
+    watch = CpuWatch()
     result = measure(Plan(options.seconds, options.rate, options.tracks, stopped_s))
-    print(json.dumps(result, indent=2))
+    result = {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": f"python tools/measure_wire.py --seconds {options.seconds:g} --rate {options.rate:g}"
+        f" --tracks {options.tracks} --stopped {stopped_s:g}",
+        "machine": dataclasses.asdict(read_machine()),
+        "others_share": watch.others_share(),
+        **result,
+    }
+    text = json.dumps(result, indent=2)
+    if options.json is not None:
+        options.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
     return 0 if all(result["within_limits"].values()) else 1
 
 

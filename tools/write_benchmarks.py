@@ -26,6 +26,7 @@ from benchmark_tables import (
 )
 from peer_tables import peer_lines
 from proof_tables import batch_lines, fault_lines, guard_lines, known_pair_lines
+from wire_tables import wire_lines
 
 from vo.bench_machine import portable_source, read_machine
 
@@ -42,9 +43,12 @@ SCHEMAS = {
     "lightvo-guard/1": "guard",
     "lightvo-guard-check/1": "guard-check",
     "lightvo-mutation/1": "faults",
+    "lightvo-wire/1": "wire",
+    "lightvo-stuck/1": "stuck",
+    "lightvo-viewer/1": "viewer",
 }
 
-PROOFS = ("peers", "batch", "pairs", "guard", "guard-check", "faults")
+PROOFS = ("wire", "stuck", "viewer", "peers", "batch", "pairs", "guard", "guard-check", "faults")
 
 # What only a GPU can show: the figure, its bound on one H200, the command that measures it, and where it stands there.
 GPU_FIGURES = (
@@ -231,6 +235,11 @@ def render(results: dict[str, list[Tree]]) -> str:
         "",
         *run_lines(results["run"]),
         "",
+        "## The wire and the viewer",
+        "",
+        "`tools/measure_wire.py`, `tools/measure_stuck.py`, `tools/measure_viewer.py`.",
+        "",
+        *wire_lines(results["wire"], results["stuck"], results["viewer"]),
         *_proofs(results),
         *_gpu(on_gpu),
     ]
