@@ -299,6 +299,8 @@ def test_peers_take_turns_and_every_cell_is_filled(tmp_path: Path, capsys: pytes
             assert stage["low_ms"] <= stage["median_ms"] <= stage["high_ms"]
         # All but the first of each lap; two views begin with the fourth frame.
         assert method["stages"]["extract"]["num_calls"] == 16 and method["stages"]["match"]["num_calls"] == 10
+        assert method["num_laps"] == 2
+    assert tree["sources"][0]["num_frames"] == 9
     assert str(tmp_path) not in json.dumps(tree["sources"]) + tree["command"]
     rows = [line for line in output.out.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 4 and all("" not in [cell.strip() for cell in row.split("|")[1:-1]] for row in rows)
@@ -307,12 +309,12 @@ def test_peers_take_turns_and_every_cell_is_filled(tmp_path: Path, capsys: pytes
 def test_a_method_that_dies_has_a_reason(tmp_path: Path) -> None:
     options = compare_peers.build_parser().parse_args(["--frames", "9"])
     worker = compare_peers.Worker(peer_methods.METHODS[-1], f"kitti:{tmp_path / 'nowhere'}", options)
-    worker.run_lap()
+    worker.run_lap(9)
     worker.close()
     assert "nowhere" in (worker.reason or "") and worker.laps == []
     tree = {**compare_peers.method_tree(worker)}
     assert tree["reason"] == worker.reason
-    source = {"source": "s", "size": None, "num_laps": 1, "methods": [tree]}
+    source = {"source": "s", "size": None, "num_frames": 9, "methods": [tree]}
     result = {
         "sources": [source],
         "num_frames": 9,
@@ -322,6 +324,13 @@ def test_a_method_that_dies_has_a_reason(tmp_path: Path) -> None:
         "missing": ["m"],
     }
     assert "not measured: " in "\n".join(peer_tables.peer_lines(result))
+
+
+def test_a_lap_of_all_methods_fits_into_the_time() -> None:
+    assert compare_peers.affordable_frames(50, 2.0, 600.0) == 50
+    assert compare_peers.affordable_frames(50, 10.0, 400.0) == 28, "seven tenths of the time, for the guess is rough"
+    assert compare_peers.affordable_frames(50, 100.0, 400.0) == compare_peers.MIN_FRAMES
+    assert compare_peers.affordable_frames(50, 0.0, 400.0) == 50, "no method is here"
 
 
 def test_sources_that_are_missing_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ _HEADER = (
     "track, ms",
     "**frame, ms**",
     "memory, MB",
+    "laps",
 )
 
 
@@ -28,10 +29,9 @@ def peer_lines(result: Tree) -> list[str]:
     lines: list[str] = []
     for found in result["sources"]:
         size = "" if found["size"] is None else f" {found['size'][0]}x{found['size'][1]}"
-        laps = f"{found['num_laps']} lap{'s' if found['num_laps'] != 1 else ''}"
         lines += [
-            f"{found['source']}{size}, {result['num_frames']} frames, at most {result['max_keypoints']} keypoints, "
-            f"{laps} in turn, {result['date']}{_disturbed(result)}",
+            f"{found['source']}{size}, {found['num_frames']} frames, at most {result['max_keypoints']} keypoints, "
+            f"laps in turn, {result['date']}{_disturbed(result)}",
             "",
             *table(_HEADER, [_row(method) for method in found["methods"]]),
             "",
@@ -55,6 +55,7 @@ def _row(method: Tree) -> tuple[str, ...]:
         f"{odometry['lost_frames']:.0f}",
         *(_time(stages[name]) for name in ("extract", "match", "two_view", "track", "frame")),
         _memory(method),
+        f"{method['num_laps']}",
     )
 
 

@@ -2,7 +2,8 @@
 
     python tools/peer_worker.py --method NAME --source SPEC --frames N ...
 
-Prints one line of JSON when it is ready, or with `not_here` and ends, and then one for every lap.
+Prints one line of JSON when it is ready, or with `not_here` and ends, and then one for every line: `try` warms up and
+says what a frame takes, `lap N` measures the first N frames.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -40,6 +41,7 @@ from vo.types import FloatArray, Frame, RelativePose, SourceError, TrackingStatu
 CPU = torch.device("cpu")
 # Neighbouring frames of a slow camera have no parallax to speak of.
 TWO_VIEW_GAP = 3
+TRIED_FRAMES = 8
 _MAX_DIFFERENCE_NS = 10_000_000
 
 
@@ -64,8 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     width, height = source.camera.width, source.camera.height
     say({"ready": True, "width": width, "height": height, "num_frames": len(frames)})
-    for _ in sys.stdin:
-        say(lap(source, frames, truth, extractor, matcher) | memory(imported_bytes))
+    for line in sys.stdin:
+        command, _, count = line.strip().partition(" ")
+        if command == "try":
+            times_ms = run_frames(source, frames[:TRIED_FRAMES], truth, extractor, matcher)[0]
+            # The first calls of a network take much longer, and there is only one first.
+            typical_ms = [float(np.median(times_ms[stage])) for stage in ("frame", "match", "two_view")]
+            say({"frame_s": sum(typical_ms) * 1e-3})
+        else:
+            say(lap(source, frames[: int(count)], truth, extractor, matcher) | memory(imported_bytes))
     return 0
 
 
@@ -97,16 +106,21 @@ def lap(
     source: Source, frames: Sequence[Frame], truth: Trajectory, extractor: Extractor, matcher: Matcher
 ) -> dict[str, object]:
     """Two views of frames three apart and the full odometry, on the same features; times in ms of every frame."""
+    times_ms, views, steps = run_frames(source, frames, truth, extractor, matcher)
+    return {"times_ms": times_ms, "two_view": views.figures(), "odometry": odometry_figures(frames, steps, truth)}
+
+
+def run_frames(
+    source: Source, frames: Sequence[Frame], truth: Trajectory, extractor: Extractor, matcher: Matcher
+) -> tuple[dict[str, list[float]], TwoViews, list[OdometryStep]]:
+    """Everything that is measured of the frames: times in ms by stage, the two views, the steps of the odometry."""
     times_ms: dict[str, list[float]] = {"extract": [], "match": [], "two_view": [], "track": [], "frame": []}
     views = TwoViews(source, frames, truth)
     clock = _MatchClock(matcher)
     odometry = Odometry(source.camera, Config().odometry, Config().two_view, clock.match)
     steps: list[OdometryStep] = []
     earlier: deque[Features] = deque(maxlen=TWO_VIEW_GAP)
-    with ExitStack() as resources:
-        close = getattr(odometry, "close", None)
-        if close is not None:
-            resources.callback(close)
+    with closing(odometry):
         for row, frame in enumerate(frames):
             found: list[Features] = []
             extract_ms = time_call(lambda f=frame, out=found: out.append(extractor.extract(f.image)), CPU)
@@ -123,7 +137,7 @@ def lap(
             times_ms["track"].append(step_ms - clock.spent_ms)
             times_ms["frame"].append(extract_ms + step_ms)
             earlier.append(features)
-    return {"times_ms": times_ms, "two_view": views.figures(), "odometry": odometry_figures(frames, steps, truth)}
+    return times_ms, views, steps
 
 
 class _MatchClock:
