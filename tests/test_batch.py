@@ -290,3 +290,26 @@ def test_two_workers_of_a_local_ray(data: Path, tmp_path: Path) -> None:
 def test_an_outcome_is_what_a_job_writes() -> None:
     assert set(Outcome.__dataclass_fields__) == {"status", "fingerprint", "seconds", "host", "reason"}
     assert isinstance(load_manifest("heads"), BatchManifest)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "peer", "average_m"),
+    [
+        ("kitti", "ORB-SLAM2, monocular, without loop closure", 69.727),
+        ("kitti", "DF-VO", 16.440),
+        ("kitti", "DROID-VO", 54.188),
+        ("kitti", "DPVO", 53.609),
+        ("kitti", "DPV-SLAM++ (closes loops)", 25.749),
+        ("euroc", "DROID-SLAM, odometry only", 0.186),
+        ("euroc", "DSO", 0.601),
+        ("euroc", "DPVO", 0.104),
+        ("tum", "DROID-SLAM (global bundle adjustment)", 0.038),
+        ("tum", "TartanVO, scaled by the truth", 0.206),
+        ("tum", "MASt3R-SLAM, calibrated (closes loops)", 0.030),
+        ("tum", "DPVO", 0.0931),
+    ],
+)
+def test_published_figures_have_the_published_average(manifest: str, peer: str, average_m: float) -> None:
+    """The average that stands beside the figures where they were published: no figure was mistyped."""
+    found = next(entry for entry in load_manifest(manifest).peers if entry.name == peer)
+    assert sum(f.value for f in found.figures) / len(found.figures) == pytest.approx(average_m, abs=0.6e-3)
