@@ -307,6 +307,34 @@ def test_commands_of_the_page_are_commands() -> None:
             load_config(options.config, options.set)
 
 
+def test_an_interrupted_measurement_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    failing = {"wire"}
+
+    def measure(case: run_benchmarks.Case, source: str) -> None:
+        asked.append(case.name)
+        if case.name in failing:
+            raise subprocess.CalledProcessError(3, [])
+
+    monkeypatch.setattr(run_benchmarks, "measure", measure)
+    monkeypatch.setattr(run_benchmarks, "write_benchmarks", lambda _: 0)
+    monkeypatch.setattr(run_benchmarks, "RESULTS", tmp_path)
+    monkeypatch.setattr(run_benchmarks, "DONE", tmp_path / ".done")
+    monkeypatch.setenv("LIGHTVO_DATA", "nowhere")
+    assert run_benchmarks.main(["--only", "wire"]) == 2
+    assert asked == ["wire", "stuck-consumer", "viewer"], "one that fails does not keep the others from being measured"
+    assert "error: wire failed" in capsys.readouterr().err
+    failing.clear()
+    assert run_benchmarks.main(["--only", "wire", "--list", "--resume"]) == 0
+    assert capsys.readouterr().out.split() == ["1.5", "min", "--only", "wire", "--case", "wire"]
+    assert run_benchmarks.main(["--only", "wire", "--resume"]) == 0
+    assert asked[3:] == ["wire"]
+    assert run_benchmarks.main(["--only", "wire", "--case", "viewer"]) == 0 and asked[4:] == ["viewer"]
+    assert run_benchmarks.main(["--only", "air"]) == 2
+
+
 def test_commands_for_the_gpu_are_commands() -> None:
     for _, _, commands, _ in write_benchmarks.GPU_FIGURES:
         for command in commands.split(" && "):

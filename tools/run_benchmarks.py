@@ -1,10 +1,10 @@
 """Measure everything in BENCHMARKS.md again on this machine, and write the page.
 
-    LIGHTVO_WEIGHTS=DIR LIGHTVO_DATA=DIR python tools/run_benchmarks.py [--only speed,peers,guard,...]
+    LIGHTVO_WEIGHTS=DIR LIGHTVO_DATA=DIR python tools/run_benchmarks.py [--only peers,wire,...] [--case NAME] [--resume]
 
 LIGHTVO_DATA holds kitti/sequences/00 with kitti/poses/00.txt, and tum/rgbd_7scenes_head. Nothing else should run
-meanwhile. On two cores about ten minutes for speed, matching and memory; ten for whole runs; 13 for peers; 8 for batch;
-6 for guard; 3 for faults.
+meanwhile. `--list` says what there is and how long each takes on two cores. A run that was interrupted goes on with
+`--resume`; a case that fails is named at the end, and the others are measured all the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from write_benchmarks import main as write_benchmarks
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks"
-GROUPS = ("speed", "matching", "memory", "runs", "peers", "batch", "guard", "faults")
+# What is done already, for --resume; not a result.
+DONE = RESULTS / ".done"
+GROUPS = ("speed", "matching", "memory", "runs", "wire", "peers", "batch", "guard", "faults")
 
 KITTI, ROOM = "kitti:{data}/kitti/sequences/00", "tum:{data}/tum/rgbd_7scenes_head"
 # What the published methods do, so that both sides of a comparison find the same.
@@ -38,12 +40,13 @@ FEWER = ("--set", "frontend.extractor.max_keypoints=512")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One command: `name` is that of its file in benchmarks/, or of the run."""
+    """One command: `name` is that of its file in benchmarks/, or of the run; `minutes` are rough, on two cores."""
 
     group: str
     name: str
     source: str
     flags: tuple[str, ...] = ()
+    minutes: float = 1.0
 
 
 CASES = (
@@ -54,57 +57,87 @@ CASES = (
     Case("speed", "cpu-xfeat-640x480", ROOM, ("--against", "kornia", *XFEAT_AS_PUBLISHED)),
     Case("speed", "cpu-xfeat-1241x376", KITTI, ("--against", "kornia", *XFEAT_AS_PUBLISHED)),
     Case("speed", "cpu-xfeat-1241x376-512", KITTI, ("--against", "kornia", *XFEAT_AS_PUBLISHED, *FEWER)),
-    Case("matching", "matching-kitti-neighbours", KITTI, ("--gaps", "1")),
-    Case("matching", "matching-kitti-gaps", KITTI, ("--gaps", "3,5", "--step", "4")),
-    Case("memory", "memory-kitti", KITTI),
-    Case("runs", "kitti-00-default", KITTI),
-    Case("runs", "kitti-00-preset", KITTI, ("--config", "kitti")),
-    Case("runs", "kitti-00-xfeat", KITTI, XFEAT),
-    Case("runs", "room-default", ROOM),
-    Case("runs", "room-preset", ROOM, ("--config", "tum")),
+    Case("matching", "matching-kitti-neighbours", KITTI, ("--gaps", "1"), 2.5),
+    Case("matching", "matching-kitti-gaps", KITTI, ("--gaps", "3,5", "--step", "4"), 2),
+    Case("memory", "memory-kitti", KITTI, (), 0.5),
+    Case("runs", "kitti-00-default", KITTI, (), 1.5),
+    Case("runs", "kitti-00-preset", KITTI, ("--config", "kitti"), 1.5),
+    Case("runs", "kitti-00-xfeat", KITTI, XFEAT, 1.5),
+    Case("runs", "room-default", ROOM, (), 3),
+    Case("runs", "room-preset", ROOM, ("--config", "tum"), 3.5),
     Case("runs", "demo-default", "demo"),
     Case("runs", "demo-preset", "demo", ("--config", "demo")),
-    Case("peers", "peers", ""),
-    Case("batch", "batch-heads", "heads", ("--device", "cpu")),
-    Case("guard", "guard", ""),
-    Case("guard", "guard-check", ""),
-    Case("faults", "faults-geometry", ""),
+    Case("wire", "wire", "", ("--seconds", "60"), 1.5),
+    Case("wire", "stuck-consumer", "demo", ("--config", "fast-cpu", "--pairs", "5"), 5),
+    Case("wire", "viewer", "", (), 0.5),
+    Case("peers", "peers", "", ("--minutes", "12"), 12.5),
+    Case("batch", "batch-heads", "heads", ("--device", "cpu"), 8),
+    Case("guard", "guard", "", (), 3),
+    Case("guard", "guard-check", "", (), 3),
+    Case("faults", "faults-geometry", "", (), 3),
 )
 TOOLS = {
     "peers": "compare_peers.py",
     "guard": "regression_guard.py",
     "guard-check": "check_guard.py",
     "faults-geometry": "mutate.py",
+    "wire": "measure_wire.py",
+    "stuck-consumer": "measure_stuck.py",
+    "viewer": "measure_viewer.py",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure everything in BENCHMARKS.md again, and write the page.")
-    parser.add_argument("--only", default=",".join(GROUPS), help="groups, with commas (default: %(default)s)")
-    parser.add_argument("--case", action="append", default=[], help="only the case of that name; repeatable")
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     groups = options.only.split(",")
     unknown = [*(set(groups) - set(GROUPS)), *(set(options.case) - {case.name for case in CASES})]
-    if unknown or "LIGHTVO_DATA" not in os.environ:
+    if unknown or ("LIGHTVO_DATA" not in os.environ and not options.list):
         problem = f"{unknown[0]!r} is not known" if unknown else "set LIGHTVO_DATA to the directory of the sequences"
         print(f"run_benchmarks: error: {problem}", file=sys.stderr)
         return 2
+    chosen = [case for case in CASES if case.group in groups and (not options.case or case.name in options.case)]
     RESULTS.mkdir(exist_ok=True)
-    for case in CASES:
-        if case.group not in groups or (options.case and case.name not in options.case):
-            continue
-        try:
-            measure(case, case.source.format(data=os.environ["LIGHTVO_DATA"]))
-        except subprocess.CalledProcessError as error:
-            print(f"run_benchmarks: error: {case.name} ended with {error.returncode}; see above", file=sys.stderr)
-            return 2
-    return write_benchmarks([])
+    if not options.resume and not options.list:
+        DONE.unlink(missing_ok=True)
+    done = DONE.read_text(encoding="utf-8").split() if DONE.is_file() else []
+    left = [case for case in chosen if case.name not in done]
+    for case in left if options.list else ():
+        print(f"{case.minutes:5.1f} min  --only {case.group} --case {case.name}")
+    print(f"{len(left)} cases, about {sum(case.minutes for case in left):.0f} min on two quiet cores", file=sys.stderr)
+    if options.list:
+        return 0
+    failed = [case.name for case in left if not measured(case)]
+    for name in failed:
+        print(f"run_benchmarks: error: {name} failed; see above, or run it alone: --case {name}", file=sys.stderr)
+    return write_benchmarks([]) or (2 if failed else 0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Measure everything in BENCHMARKS.md again, and write the page.")
+    parser.add_argument("--only", default=",".join(GROUPS), help="groups, with commas (default: %(default)s)")
+    parser.add_argument("--case", action="append", default=[], help="only the case of that name; repeatable")
+    parser.add_argument("--list", action="store_true", help="measure nothing; say what there is and how long it takes")
+    parser.add_argument("--resume", action="store_true", help="leave out what the last call has measured already")
+    return parser
+
+
+def measured(case: Case) -> bool:
+    """Measures one case; whether it came to a good end."""
+    print(f"{case.name} ... about {case.minutes:g} min", file=sys.stderr, flush=True)
+    start_s = time.monotonic()
+    try:
+        measure(case, case.source.format(data=os.environ["LIGHTVO_DATA"]))
+    except subprocess.CalledProcessError as error:
+        print(f"run_benchmarks: error: {case.name} ended with {error.returncode}", file=sys.stderr)
+        return False
+    with DONE.open("a", encoding="utf-8") as done:
+        done.write(f"{case.name}\n")
+    print(f"{case.name}: {time.monotonic() - start_s:.0f} s", file=sys.stderr, flush=True)
+    return True
 
 
 def measure(case: Case, source: str) -> None:
     """Runs one case; its file is written only when it came to a good end. Raises CalledProcessError."""
-    print(f"{case.name} ...", file=sys.stderr, flush=True)
-    start_s = time.monotonic()
     result = RESULTS / f"{case.name}.json"
     match case.group:
         case "speed":
@@ -122,14 +155,13 @@ def measure(case: Case, source: str) -> None:
                 tree = json.loads(Path(output, "batch.json").read_text(encoding="utf-8"))
                 tree["command"] = shlex.join(["vo", "batch", source, "--output", f"out/{source}", *case.flags])
                 result.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        case "peers" | "guard" | "faults":
-            run_tool(TOOLS[case.name], "--json", str(result), *case.flags)
+        case "peers" | "guard" | "faults" | "wire":
+            run_tool(TOOLS[case.name], *([source] if source else []), "--json", str(result), *case.flags)
         case _:
             with tempfile.TemporaryDirectory() as output:
                 flags = ["--output", output, "--device", "cpu", "--publish", "off", "--quiet", *case.flags]
                 subprocess.run([sys.executable, "-m", "vo", "run", source, *flags], check=True, cwd=ROOT)
                 add_run(f"{case.name}={output}", RESULTS)
-    print(f"{case.name}: {time.monotonic() - start_s:.0f} s", file=sys.stderr, flush=True)
 
 
 def run_tool(name: str, *flags: str) -> None:
