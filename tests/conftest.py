@@ -1,6 +1,29 @@
-"""Set before any test module loads the libraries: what `vo run` sets for itself (see vo/cli.py)."""
+"""What every test module shares.
+
+The environment is set before any of them loads the libraries: what `vo run` sets for itself (see vo/cli.py).
+"""
 
 import os
+import socket
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture
+def free_port() -> Iterator[int]:
+    """A port that is free, and so is the next one."""
+    for _ in range(50):
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+        yield port
+        return
+    pytest.skip("no two neighbouring ports are free")

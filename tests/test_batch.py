@@ -233,19 +233,14 @@ def test_the_command_goes_on_where_it_stopped(
     assert tree["schema"] == "lightvo-batch/1" and str(tmp_path) not in json.dumps(tree)
 
 
+def batch_command(manifest: Path, output: Path, data: Path) -> list[str]:
+    """The command line of a batch in a process of its own."""
+    return [sys.executable, "-m", "vo", "batch", str(manifest), "--output", str(output), "--data", str(data)]
+
+
 def test_an_interrupted_batch_ends_its_runs(data: Path, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, sequences=[{"name": "clip", "source": "demo"}], peers=[])
-    command = [
-        sys.executable,
-        "-m",
-        "vo",
-        "batch",
-        str(manifest),
-        "--output",
-        str(tmp_path / "out"),
-        "--data",
-        str(data),
-    ]
+    command = batch_command(manifest, tmp_path / "out", data)
     batch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "orb" / "clip" / "run1" / "trajectory_tum.txt"
     end_s = time.monotonic() + 60
@@ -264,17 +259,7 @@ def test_an_interrupted_batch_ends_its_runs(data: Path, tmp_path: Path) -> None:
 def test_two_workers_of_a_local_ray(data: Path, tmp_path: Path) -> None:
     """In a process of its own: Ray leaves threads, handlers and warnings behind."""
     manifest = write_manifest(tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "vo",
-        "batch",
-        str(manifest),
-        "--output",
-        str(tmp_path / "out"),
-        "--data",
-        str(data),
-    ]
+    command = batch_command(manifest, tmp_path / "out", data)
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         [*command, "--ray", "local", "--jobs", "2"], capture_output=True, text=True, env=environment, timeout=150

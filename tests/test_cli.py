@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -35,22 +35,6 @@ NUM_FRAMES = 20
 @pytest.fixture(scope="module")
 def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_drive(tmp_path_factory.mktemp("drive"), NUM_FRAMES)
-
-
-@pytest.fixture
-def free_port() -> Iterator[int]:
-    """A port that is free, and so is the next one."""
-    for _ in range(50):
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-        yield port
-        return
-    pytest.skip("no two neighbouring ports are free")
 
 
 def vo(*arguments: object) -> int:

@@ -157,6 +157,18 @@ def test_a_wall_becomes_a_flat_mesh_in_its_colours(tmp_path):
     assert red[is_left].mean() > 0.95 and green[is_right].mean() > 0.95  # some of the border is mixed
 
 
+def started(*arguments):
+    """The mapping program in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "tools/map_rgbd.py", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("settled_after", "num_rebuilt"), [("12", 0), ("0", 1)])
 def test_a_mesh_follows_keyframes_that_are_corrected_later(tmp_path, settled_after, num_rebuilt):
@@ -166,17 +178,7 @@ def test_a_mesh_follows_keyframes_that_are_corrected_later(tmp_path, settled_aft
     stream = MessageStream(CAMERA, heartbeat_hz=20.0)
     with Publisher(PublisherConfig(endpoint="tcp://127.0.0.1:*", linger_ms=20_000), stream) as publisher:
         arguments = ("-o", str(tmp_path / "mesh.ply"), "--endpoint", publisher.endpoint, "--voxel-m", "0.02")
-        program = subprocess.Popen(
-            [
-                *(sys.executable, "tools/map_rgbd.py", f"tum:{tmp_path / 'wall'}", *arguments),
-                *("--settled-after", settled_after),
-            ],
-            cwd=REPOSITORY,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        program = started(f"tum:{tmp_path / 'wall'}", *arguments, "--settled-after", settled_after)
         program.stderr.readline()
         for index, T in enumerate(trajectory.T_world_camera):
             seen = T.copy()
@@ -262,17 +264,10 @@ def test_the_kitchen_is_mapped_with_metric_odometry(tmp_path):
         pytest.skip("needs LIGHTVO_DATA with tum/rgbd_7scenes_head")
     orb = ("--set", "frontend.extractor.name=orb", "--set", "frontend.matcher.name=nearest")
     scale = ("--set", "odometry.scale.name=depth")
-    mapping = subprocess.Popen(
-        [
-            *(sys.executable, "tools/map_rgbd.py", f"tum:{source}", "-o", str(tmp_path / "mesh.ply")),
-            *("--endpoint", "tcp://127.0.0.1:5832", "--truth", str(source / "groundtruth.txt")),
-            *("--max-frames", "300", "--stride", "5", "--voxel-m", "0.02"),
-        ],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    mapping = started(
+        *(f"tum:{source}", "-o", str(tmp_path / "mesh.ply")),
+        *("--endpoint", "tcp://127.0.0.1:5832", "--truth", str(source / "groundtruth.txt")),
+        *("--max-frames", "300", "--stride", "5", "--voxel-m", "0.02"),
     )
     try:
         mapping.stderr.readline()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,22 +32,6 @@ from vo.replay import Passage, RecordedStream, restamped
 ROOT = Path(__file__).parents[1]
 NUM_FRAMES = 24
 GOLDEN = json.loads((Path(__file__).parent / "golden_messages.json").read_text())
-
-
-@pytest.fixture
-def free_port() -> Iterator[int]:
-    """A port that is free, and so is the next one."""
-    for _ in range(50):
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-        yield port
-        return
-    pytest.skip("no two neighbouring ports are free")
 
 
 @pytest.fixture(scope="module")

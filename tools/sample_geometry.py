@@ -54,6 +54,11 @@ class Rectangle:
         return points, np.broadcast_to(self.normal, points.shape)
 
 
+def density_around(texture: Image, radius: float) -> float:
+    """Pixels per metre of a texture that is wound once around a circle."""
+    return float(texture.shape[1] / (2.0 * np.pi * radius))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Cylinder:
     """The mantle of an upright cylinder, seen from outside; `base` (3,) m is the centre of its foot."""
@@ -66,7 +71,7 @@ class Cylinder:
 
     @property
     def density(self) -> float:
-        return float(self.texture.shape[1] / (2.0 * np.pi * self.radius))
+        return density_around(self.texture, self.radius)
 
     def points(self, u: FloatArray, v: FloatArray) -> tuple[FloatArray, FloatArray]:
         angle = 2.0 * np.pi * u
@@ -87,7 +92,7 @@ class Sphere:
 
     @property
     def density(self) -> float:
-        return float(self.texture.shape[1] / (2.0 * np.pi * self.radius))
+        return density_around(self.texture, self.radius)
 
     def points(self, u: FloatArray, v: FloatArray) -> tuple[FloatArray, FloatArray]:
         longitude, colatitude = 2.0 * np.pi * u, np.pi * v
