@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from frontends.aliked import Aliked, AlikedConfig
 from frontends.base import Extractor, Matcher, PairMatcher, WeightsError
@@ -17,13 +18,22 @@ from frontends.r2d2 import R2d2, R2d2Config
 from frontends.weights import WeightsFile, load_checkpoint, load_file, load_state_dict
 from frontends.weights_registry import REGISTRY
 from frontends.xfeat import XFeat, XFeatConfig
-from frontends.xfeat_star import XFeatStar, XFeatStarConfig
+from frontends.xfeat_star import OUR_MIN_CONFIDENCE, XFeatStar, XFeatStarConfig, has_fine_matcher
 
 ImageExtractorConfig = AlikedConfig | XFeatConfig | R2d2Config | OrbConfig
 PairMatcherConfig = XFeatStarConfig | LoftrConfig
 # A matcher of images takes the extractor's place: its points are followed from image to image.
 ExtractorConfig = ImageExtractorConfig | PairMatcherConfig
 MatcherConfig = LightGlueConfig | NearestConfig | FollowedConfig
+
+_OUR_R2D2 = (
+    "runs on our own small network, r2d2-small; the published ones, for non-commercial use only, are given by their "
+    "path in the setting `weights`"
+)
+_OUR_FINE_MATCHER = (
+    "refines with our own small fine matcher, xfeat-star-fine, because the weights at hand come without; the published "
+    "one is in xfeat.pt"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,8 +75,9 @@ def create_extractor(config: ExtractorConfig, device: torch.device) -> LoadedExt
             state_dict, file = load_state_dict("xfeat", config.weights)
             return LoadedExtractor(XFeat(config, state_dict, device), file)
         case R2d2Config():
-            loaded, file = load_checkpoint("r2d2", config.weights)
-            return LoadedExtractor(R2d2(config, loaded.constructor, loaded.state_dict, device), file)
+            loaded, file = load_checkpoint("r2d2-small" if config.weights is None else "r2d2", config.weights)
+            remark = _OUR_R2D2 if config.weights is None else None
+            return LoadedExtractor(R2d2(config, loaded.constructor, loaded.state_dict, device), file, remark)
         case OrbConfig():
             return LoadedExtractor(Orb(config), None)
         case XFeatStarConfig() | LoftrConfig():
@@ -93,7 +104,14 @@ def create_pair_matcher(config: PairMatcherConfig, device: torch.device) -> Load
     match config:
         case XFeatStarConfig():
             state_dict, file = load_state_dict("xfeat", config.weights)
-            return LoadedPairMatcher(XFeatStar(config, state_dict, device), file)
+            if config.weights is not None or has_fine_matcher(state_dict):
+                return LoadedPairMatcher(XFeatStar(config, state_dict, device), file)
+            own, _ = load_state_dict("xfeat-star-fine")
+            if config.min_confidence is None:
+                config = replace(config, min_confidence=OUR_MIN_CONFIDENCE)
+            return LoadedPairMatcher(
+                XFeatStar(config, {**state_dict, **_widened(own)}, device), file, _OUR_FINE_MATCHER
+            )
         case LoftrConfig(weights="random"):
             remark = "random weights take the place of trained ones, as `weights: random` asks: matches mean nothing"
             return LoadedPairMatcher(Loftr(config, random_network(config, device), device), None, remark)
@@ -115,6 +133,11 @@ def _lightglue(config: LightGlueConfig, extractor_kind: str, device: torch.devic
     matcher = LightGlue(config, state_dict, device, name=file.name, fits=fits)
     matcher.check_fit(extractor_kind)
     return LoadedMatcher(matcher, file)
+
+
+def _widened(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Packaged tensors, stored in float16, in float32."""
+    return {name: tensor.float() for name, tensor in state_dict.items()}
 
 
 def matcher_weights(extractor_kind: str) -> str:

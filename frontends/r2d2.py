@@ -42,7 +42,7 @@ class R2d2Config:
     min_side: int = setting(256, minimum=32, help="the smallest scale: longer side of the image at least, px")
     scale_step: float = setting(2**0.25, minimum=1.05, maximum=64.0, help="size ratio of neighbouring scales")
     precision: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="of the backbone's arithmetic")
-    weights: str | None = setting(None, help="checkpoint; there is no default, the published ones are non-commercial")
+    weights: str | None = setting(None, help="checkpoint; none: our small one, the published ones are non-commercial")
 
     def __post_init__(self) -> None:
         check_settings(self)

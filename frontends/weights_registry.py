@@ -146,6 +146,21 @@ REGISTRY: tuple[WeightsEntry, ...] = (
             KnownFile("xfeat.pth", "e1fcd42766985950e8f64f881ddc9c6af3fcd4e781bc8a90fa8dd208474efa45", 2_673_955),
         ),
     ),
+    WeightsEntry(
+        name="xfeat-star-fine",
+        architecture="fine matcher of XFeat*, 0.89 M parameters, for backbones that come without",
+        role="pair matcher",
+        fits=("xfeat-star",),
+        licence="Apache-2.0",
+        files=(
+            KnownFile(
+                "xfeat-star-fine.safetensors",
+                "7744c5901b2de9375b253e4a90c6289218e147903d0ddd3c36125da4db23a197",
+                1_792_208,
+            ),
+        ),
+        is_ours=True,
+    ),
     _lightglue_light(
         "aliked-t16",
         KnownFile(
@@ -213,6 +228,21 @@ REGISTRY: tuple[WeightsEntry, ...] = (
                 source_url=f"{_XFEAT}/xfeat-lighterglue.pt",
             ),
         ),
+    ),
+    WeightsEntry(
+        name="r2d2-small",
+        architecture="R2D2, Quad-L2Net of width 1, 64-dimensional, 0.03 M parameters",
+        role="extractor",
+        fits=("r2d2",),
+        licence="Apache-2.0",
+        files=(
+            KnownFile(
+                "r2d2-small.safetensors",
+                "a6aa7bce1eccb0b7f4d4ba9bee170a7a2a5d11cfe374a14e8b3d43bc714b7dd8",
+                74_774,
+            ),
+        ),
+        is_ours=True,
     ),
     WeightsEntry(
         name="r2d2",

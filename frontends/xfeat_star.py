@@ -26,6 +26,9 @@ from frontends.xfeat_network import CELL_PX, DESCRIPTOR_DIM, checkpoint_tensor, 
 
 # Inverse temperature of the distribution over the pixels of a cell.
 SHARPNESS = 3.0
+# The published fine matcher's; ours was trained for minutes and spreads its probability over more pixels.
+PUBLISHED_MIN_CONFIDENCE = 0.25
+OUR_MIN_CONFIDENCE = 0.05
 _COARSE_SHARE = 0.2
 # Rows of the similarity matrix that are in memory at a time: 40 MB at 10000 cells.
 _ROWS_AT_A_TIME = 1024
@@ -42,7 +45,12 @@ class XFeatStarConfig:
     )
     small_scale: float = setting(0.65, minimum=0.1, maximum=1.0, help="size ratio that a fifth of the cells comes from")
     large_scale: float = setting(1.3, minimum=0.5, maximum=4.0, help="size ratio that the other cells come from")
-    min_confidence: float = setting(0.25, minimum=0.0, maximum=1.0, help="probability of the best pixel, to exceed")
+    min_confidence: float | None = setting(
+        None,
+        minimum=0.0,
+        maximum=1.0,
+        help="probability of the best pixel, to exceed; none: what suits the fine matcher",
+    )
     max_side: int | None = setting(None, minimum=64, help="larger images are shrunk to this longer side, px")
     precision: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="of the backbone's arithmetic")
     weights: str | None = setting(None, help="file of weights; none takes those of the registry")
@@ -102,7 +110,8 @@ class XFeatStar:
         descriptors0, descriptors1 = cells0.descriptors[rows0], cells1.descriptors[rows1]
         offsets, confidence = refine(self._fine_matcher(torch.cat((descriptors0, descriptors1), dim=1)))
         refined = cells0.keypoints[rows0] + offsets * cells0.pixel_sizes[rows0, None]
-        kept = (confidence > self.config.min_confidence).nonzero()[:, 0]
+        limit = PUBLISHED_MIN_CONFIDENCE if self.config.min_confidence is None else self.config.min_confidence
+        kept = (confidence > limit).nonzero()[:, 0]
         num_matches, scores = len(kept), confidence[kept]
         features0 = self._features(image0, refined[kept], descriptors0[kept], scores)
         features1 = self._features(image1, cells1.keypoints[rows1][kept], descriptors1[kept], scores)

@@ -13,6 +13,7 @@ import torch
 from frontends.r2d2_network import R2d2Architecture, R2d2Network, checkpoint
 from frontends.training.fine_offsets import fine_matcher
 from frontends.weights import load_state_dict
+from frontends.xfeat_star import has_fine_matcher
 from vo.cli import main
 
 
@@ -68,13 +69,27 @@ def test_xfeat_star_follows_points_even_with_an_untrained_fine_matcher(tmp_path:
     assert summary["mean_matches"] > 100 and summary["poses"] == 4
 
 
-@pytest.mark.parametrize(
-    ("preset", "words"),
-    [("r2d2", ("r2d2", "non-commercial", "weights")), ("loftr", ("loftr", "huggingface.co/kornia/loftr", "weights"))],
-)
-def test_without_weights_there_is_one_line(
-    preset: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["run", "demo", "--config", preset, "--publish", "off", "--quiet", "--max-frames", "2"]) == 2
+def test_loftr_without_weights_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "demo", "--config", "loftr", "--publish", "off", "--quiet", "--max-frames", "2"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("vo: error: ") and error.count("\n") == 1 and all(word in error for word in words)
+    assert error.startswith("vo: error: ") and error.count("\n") == 1
+    assert all(word in error for word in ("loftr", "huggingface.co/kornia/loftr", "weights"))
+
+
+def test_r2d2_runs_without_any_download_on_our_small_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIGHTVO_WEIGHTS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    summary = run(tmp_path / "out", "r2d2", num_frames=6)
+    assert [weights["name"] for weights in summary["weights"]] == ["r2d2-small"]
+    assert len(summary["fallbacks"]) == 1 and "our own small network" in summary["fallbacks"][0]
+    assert summary["mean_matches"] > 200 and summary["poses"] == 6
+
+
+@pytest.mark.skipif("LIGHTVO_WEIGHTS" not in os.environ, reason="LIGHTVO_WEIGHTS is not set: XFeat's are not at hand")
+def test_xfeat_star_refines_with_our_fine_matcher_where_the_weights_have_none(tmp_path: Path) -> None:
+    state_dict, _ = load_state_dict("xfeat")
+    if has_fine_matcher(state_dict):
+        pytest.skip("the weights at hand are the published ones, which have a fine matcher")
+    summary = run(tmp_path, "xfeat-star", "frontend.extractor.max_keypoints=4000", num_frames=6)
+    assert len(summary["fallbacks"]) == 1 and "xfeat-star-fine" in summary["fallbacks"][0]
+    assert summary["mean_matches"] > 100 and summary["poses"] == 6

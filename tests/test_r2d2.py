@@ -234,11 +234,17 @@ def test_counters_that_old_files_lack_do_not_matter() -> None:
     load_network(SMALL.constructor, tensors)
 
 
-def test_there_are_no_default_weights_because_of_their_licence(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(WeightsError) as error:
-        create_extractor(R2d2Config(), CPU)
-    assert "\n" not in str(error.value)
-    assert all(word in str(error.value) for word in ("r2d2", "non-commercial", "path", "github.com/naver/r2d2"))
+def test_the_default_is_our_small_network_and_the_published_ones_are_given_by_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The licence of the published weights is non-commercial: nothing fetches them."""
+    loaded = create_extractor(R2d2Config(), CPU)
+    assert loaded.weights is not None and loaded.weights.name == "r2d2-small" and loaded.weights.licence == "Apache-2.0"
+    assert loaded.remark is not None and all(word in loaded.remark for word in ("our own", "non-commercial", "weights"))
+    path = tmp_path / "theirs.pt"
+    torch.save(checkpoint(R2d2Network(R2d2Architecture(dim=16, mchan=1))), path)
+    given = create_extractor(R2d2Config(weights=str(path)), CPU)
+    assert given.weights is not None and given.weights.name == "theirs" and given.remark is None
     assert "r2d2" not in PRESET_WEIGHTS
     assert main(["weights", "list"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("r2d2 "))

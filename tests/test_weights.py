@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from frontends import weights
 from frontends.base import WeightsError
-from frontends.weights import Origin, fetch, list_weights, load_file, load_state_dict, verify
+from frontends.weights import Origin, fetch, list_weights, load_checkpoint, load_file, load_state_dict, verify
 from frontends.weights_registry import REGISTRY, KnownFile, WeightsEntry
 
 needs_weights = pytest.mark.skipif("LIGHTVO_WEIGHTS" not in os.environ, reason="LIGHTVO_WEIGHTS is not set")
@@ -110,6 +110,27 @@ def test_our_weights_come_with_the_package(name: str) -> None:
     assert metadata["name"] == name and metadata["licence"] == "Apache-2.0"
     assert metadata["fits"] == name.removeprefix("lightglue-light-")
     assert {"architecture", "data", "recipe"} <= metadata.keys()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("xfeat-star-fine", "xfeat-star"), ("r2d2-small", "r2d2")])
+def test_our_small_weights_come_with_the_package_and_say_what_they_are(name: str, kind: str) -> None:
+    state_dict, file = load_state_dict(name, allow_download=False)
+    assert (file.origin, file.licence, file.is_verified) == (Origin.PACKAGE, "Apache-2.0", True)
+    assert file.path.stat().st_size < 2_000_000 and all(torch.isfinite(tensor).all() for tensor in state_dict.values())
+    with safetensors.safe_open(file.path, framework="pt") as archive:
+        metadata = archive.metadata()
+    assert metadata["name"] == name and metadata["licence"] == "Apache-2.0" and metadata["fits"] == kind
+    assert {"architecture", "data", "recipe"} <= metadata.keys()
+
+
+def test_what_safetensors_say_of_their_network_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2)}, path, {"net": "Quad_L2Net_ConfCFS()"})
+    loaded, file = load_checkpoint("r2d2", path)
+    assert loaded.constructor == "Quad_L2Net_ConfCFS()" and not file.is_verified
+    assert torch.equal(loaded.state_dict["a"], torch.ones(2))
+    safetensors.torch.save_file({"a": torch.ones(2)}, path)
+    assert load_checkpoint("r2d2", path)[0].constructor is None
 
 
 @needs_weights

@@ -139,6 +139,8 @@ def write(network: R2d2Network, path: Path, config: TrainingConfig, num_photos: 
     recipe = ", ".join(f"{item.name} {getattr(config, item.name)}" for item in fields(config))
     metadata = {
         "net": network.architecture.constructor,
+        "architecture": f"R2D2, key names of naver/r2d2: {network.architecture.constructor}",
+        "fits": "r2d2",
         "data": f"{num_photos} still photographs, homographic pairs made on the fly",
         "recipe": recipe,
     }
