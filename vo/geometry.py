@@ -491,25 +491,23 @@ def reprojection_jacobians(T_world_camera: FloatArray, points_world: FloatArray)
 
     T_world_camera may be (4, 4) or (N, 4, 4).
     """
+    by_camera_point, by_pose = _projection_jacobians(T_world_camera, points_world)
+    R = np.broadcast_to(invert_pose(T_world_camera)[..., :3, :3], (len(points_world), 3, 3))
+    return by_pose, by_camera_point @ R
+
+
+def _projection_jacobians(T_world_camera: FloatArray, points_world: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Derivatives (N, 2, 3) by the point in the camera's frame and (N, 2, 6) by the right perturbation of the pose."""
     T_camera_world = np.broadcast_to(invert_pose(T_world_camera), (len(points_world), 4, 4))
-    R = T_camera_world[:, :3, :3]
-    x, y, z = (np.einsum("nij,nj->ni", R, points_world) + T_camera_world[:, :3, 3]).T
+    x, y, z = (np.einsum("nij,nj->ni", T_camera_world[:, :3, :3], points_world) + T_camera_world[:, :3, 3]).T
     inverse_depth = 1.0 / np.where(np.abs(z) < 1e-9, 1e-9, z)
     u, v = x * inverse_depth, y * inverse_depth
-    zero = np.zeros_like(u)
-    by_camera_point = np.stack(
-        [
-            np.stack([inverse_depth, zero, -u * inverse_depth], -1),
-            np.stack([zero, inverse_depth, -v * inverse_depth], -1),
-        ],
-        axis=1,
-    )
-    by_rotation = np.stack(
-        [np.stack([u * v, -1.0 - u * u, v], -1), np.stack([1.0 + v * v, -u * v, -u], -1)],
-        axis=1,
-    )
-    by_pose = np.concatenate([-by_camera_point, by_rotation], axis=2)
-    return by_pose, by_camera_point @ R
+    by_pose = np.zeros((len(points_world), 2, 6))
+    by_pose[:, 0, 0] = by_pose[:, 1, 1] = -inverse_depth
+    by_pose[:, 0, 2], by_pose[:, 1, 2] = u * inverse_depth, v * inverse_depth
+    by_pose[:, 0, 3], by_pose[:, 0, 4], by_pose[:, 0, 5] = u * v, -1.0 - u * u, v
+    by_pose[:, 1, 3], by_pose[:, 1, 4], by_pose[:, 1, 5] = 1.0 + v * v, -u * v, -u
+    return -by_pose[:, :, :3], by_pose
 
 
 def translation_scale(T_camera0_camera1: FloatArray, points_camera0: FloatArray, rays1: FloatArray) -> float | None:
@@ -561,17 +559,20 @@ def refine_absolute_pose(
     """
     kernel_px = threshold_px / 2
     T, damping = T_world_camera, 1e-4
-    cost = _reprojection_cost(T, points_world, rays, focal_px, kernel_px)
+    residual, depth = _reprojection_residual(T, points_world, rays, focal_px)
+    cost = _cauchy_cost(residual, depth, kernel_px)
+    H, gradient = _pose_system(T, points_world, residual, depth, focal_px, kernel_px)
     for _ in range(num_iterations):
-        H, gradient = _pose_system(T, points_world, rays, focal_px, kernel_px)
         step = -solve_symmetric(H + damping * np.diag(np.diag(H)), gradient)
         candidate = T @ exp_se3(step)
-        candidate_cost = _reprojection_cost(candidate, points_world, rays, focal_px, kernel_px)
+        residual, depth = _reprojection_residual(candidate, points_world, rays, focal_px)
+        candidate_cost = _cauchy_cost(residual, depth, kernel_px)
         if candidate_cost < cost:
             converged = cost - candidate_cost < 1e-7 * cost
             T, cost, damping = candidate, candidate_cost, max(damping / 10, 1e-9)
             if converged:
                 break
+            H, gradient = _pose_system(T, points_world, residual, depth, focal_px, kernel_px)
         else:
             damping *= 10
             if damping > 1e6:
@@ -579,23 +580,25 @@ def refine_absolute_pose(
     return _as_absolute_pose(orthonormalized(T), points_world, rays, focal_px, threshold_px)
 
 
-def _reprojection_cost(
-    T: FloatArray, points_world: FloatArray, rays: FloatArray, focal_px: float, kernel_px: float
-) -> float:
+def _reprojection_residual(
+    T: FloatArray, points_world: FloatArray, rays: FloatArray, focal_px: float
+) -> tuple[FloatArray, FloatArray]:
+    """(N, 2) px and depths (N,)."""
     projected, depth = reproject(T, points_world)
-    squared = (((projected - rays) * focal_px) ** 2).sum(1)
-    squared = np.where(depth > 0, squared, 1e6)
+    return (projected - rays) * focal_px, depth
+
+
+def _cauchy_cost(residual: FloatArray, depth: FloatArray, kernel_px: float) -> float:
+    squared = np.where(depth > 0, (residual**2).sum(1), 1e6)
     return float(np.log1p(squared / kernel_px**2).sum())
 
 
 def _pose_system(
-    T: FloatArray, points_world: FloatArray, rays: FloatArray, focal_px: float, kernel_px: float
+    T: FloatArray, points_world: FloatArray, residual: FloatArray, depth: FloatArray, focal_px: float, kernel_px: float
 ) -> tuple[FloatArray, FloatArray]:
     """Gauss-Newton Hessian (6, 6) and gradient (6,) of the Cauchy-weighted reprojection error in px."""
-    projected, depth = reproject(T, points_world)
-    residual = (projected - rays) * focal_px
     weights = 1.0 / (1.0 + (residual**2).sum(1) / kernel_px**2) * (depth > 0)
-    jacobian = reprojection_jacobians(T, points_world)[0] * focal_px
+    jacobian = _projection_jacobians(T, points_world)[1] * focal_px
     weighted = (jacobian * weights[:, None, None]).reshape(-1, 6)
     return weighted.T @ jacobian.reshape(-1, 6), weighted.T @ residual.ravel()
 
@@ -610,7 +613,7 @@ def _as_absolute_pose(
         return AbsolutePose(T, np.full((6, 6), np.inf), inliers, float("inf"))
     # The median of a Rayleigh distributed length is 1.177 sigma.
     sigma_px = max(float(np.median(error[inliers])) / 1.177, 1e-6)
-    jacobian = reprojection_jacobians(T, points_world[inliers])[0].reshape(-1, 6) * focal_px
+    jacobian = _projection_jacobians(T, points_world[inliers])[1].reshape(-1, 6) * focal_px
     information = np.asarray(jacobian.T @ jacobian, dtype=np.float64)
     covariance = np.asarray(np.linalg.pinv(information, hermitian=True), dtype=np.float64) * sigma_px**2
     return AbsolutePose(T, covariance, inliers, sigma_px)

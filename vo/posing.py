@@ -25,7 +25,7 @@ from vo.geometry import (
     transform,
     translation_scale,
 )
-from vo.tracks import TrackTable
+from vo.tracks import TrackTable, is_among
 from vo.types import FloatArray, Rejection, RelativePose
 from vo.window import View
 
@@ -177,7 +177,7 @@ class Poser:
         matches = self._match(keyframe.features, view.features)
         rows0, rows1 = matches.indices[:, 0], matches.indices[:, 1]
         ids = keyframe.track_ids[rows0]
-        is_open = (view.track_ids[rows1] < 0) & (ids >= 0) & ~np.isin(ids, view.track_ids)
+        is_open = (view.track_ids[rows1] < 0) & (ids >= 0) & ~is_among(ids, view.track_ids)
         rows0, rows1, ids = rows0[is_open], rows1[is_open], ids[is_open]
         if len(ids) == 0:
             return 0

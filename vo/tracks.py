@@ -26,6 +26,15 @@ class _Sighting:
     keypoints: NDArray[np.float32]
 
 
+def is_among(ids: IntArray, others: IntArray) -> NDArray[np.bool_]:
+    """Whether each id (N,) is one of the others (M,): `np.isin` for the few hundred ids of a frame, in less time."""
+    if len(others) == 0:
+        return np.zeros(len(ids), np.bool_)
+    others = np.sort(others)
+    found: NDArray[np.bool_] = others[np.minimum(np.searchsorted(others, ids), len(others) - 1)] == ids
+    return found
+
+
 class TrackTable:
     """Owns every track's state; frames hold ids only.
 

@@ -26,7 +26,7 @@ from vo.geometry import (
     transform,
     triangulate,
 )
-from vo.tracks import TrackTable
+from vo.tracks import TrackTable, is_among
 from vo.types import FloatArray, Rejection
 
 IntArray = NDArray[np.int64]
@@ -86,10 +86,24 @@ class WindowChange:
 
 
 def shared_rows(ids0: IntArray, ids1: IntArray) -> tuple[IntArray, IntArray]:
-    """Rows of two id arrays that name the same track; ids below zero name none."""
-    _, rows0, rows1 = np.intersect1d(ids0, ids1, return_indices=True)
-    valid = ids0[rows0] >= 0
-    return rows0[valid], rows1[valid]
+    """Rows of two id arrays that name the same track, by rising id; ids below zero name none."""
+    rows0, rows1 = _rows_by_id(ids0), _rows_by_id(ids1)
+    if len(rows0) == 0 or len(rows1) == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    sorted0, sorted1 = ids0[rows0], ids1[rows1]
+    at = np.minimum(np.searchsorted(sorted1, sorted0), len(sorted1) - 1)
+    shared = sorted1[at] == sorted0
+    return rows0[shared], rows1[at[shared]]
+
+
+def _rows_by_id(ids: IntArray) -> IntArray:
+    """Rows of the ids that are not below zero, by rising id; the first of equal ones."""
+    rows = np.argsort(ids, kind="stable")
+    rows = rows[np.searchsorted(ids, 0, sorter=rows) :]
+    ordered = ids[rows]
+    is_first = np.ones(len(rows), np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=is_first[1:])
+    return rows[is_first]
 
 
 class Window:
@@ -140,15 +154,24 @@ class Window:
 
     def older_view_of(self, view: View, tracks: TrackTable) -> View | None:
         """The older keyframe, out of the newest ones' sight, whose landmarks `view` should see most of."""
-        best, best_count = None, self._config.revisit_landmarks
-        for keyframe in self.older[: -self._config.window_fixed]:
-            forward = keyframe.T_world_camera[:3, 2] @ view.T_world_camera[:3, 2]
-            if forward < 0.7:
-                continue
-            points, known = tracks.landmarks(keyframe.track_ids)
-            points = points[known]
-            count = self._num_in_sight(view, points, keyframe.T_world_camera)
-            already = len(shared_rows(keyframe.track_ids[known], view.track_ids)[0])
+        forward = view.T_world_camera[:3, 2]
+        candidates = [
+            keyframe
+            for keyframe in self.older[: -self._config.window_fixed]
+            if keyframe.T_world_camera[:3, 2] @ forward >= 0.7
+        ]
+        if not candidates:
+            return None
+        # All at once: the table is looked through once and not once per keyframe.
+        ids = np.concatenate([keyframe.track_ids for keyframe in candidates])
+        points, known = tracks.landmarks(ids)
+        in_view = known & is_among(ids, view.track_ids)
+        best, best_count, end = None, self._config.revisit_landmarks, 0
+        for keyframe in candidates:
+            rows = slice(end, end + len(keyframe.track_ids))
+            end = rows.stop
+            already = int(np.count_nonzero(in_view[rows]))
+            count = self._num_in_sight(view, points[rows][known[rows]], keyframe.T_world_camera)
             if count - already > best_count and already < count // 2:
                 best, best_count = keyframe, count - already
         return best
@@ -175,7 +198,7 @@ class Window:
 
     def _unite(self, old_ids: IntArray, view: View, rows: IntArray, tracks: TrackTable) -> None:
         """Gives features (N,) of `view`, and all that belongs to their tracks, the tracks they turned out to be."""
-        fresh = ~np.isin(old_ids, view.track_ids)
+        fresh = ~is_among(old_ids, view.track_ids)
         old_ids, rows = old_ids[fresh], rows[fresh]
         new_ids = view.track_ids[rows]
         view.track_ids[rows] = old_ids
@@ -187,7 +210,7 @@ class Window:
             return
         for other in (*self.keyframes, *self.older):
             at = np.minimum(np.searchsorted(new_ids, other.track_ids), len(new_ids) - 1)
-            renamed = (new_ids[at] == other.track_ids) & ~np.isin(old_ids[at], other.track_ids)
+            renamed = (new_ids[at] == other.track_ids) & ~is_among(old_ids[at], other.track_ids)
             other.track_ids[renamed] = old_ids[at[renamed]]
         _, had_landmark = tracks.landmarks(new_ids)
         tracks.drop_landmarks(new_ids[had_landmark])
@@ -265,7 +288,11 @@ class Window:
         """The older keyframes that share most landmarks with the window, oldest first."""
         in_window = np.unique(np.concatenate([view.track_ids for view in self.keyframes]))
         in_window = in_window[tracks.landmarks(in_window)[1]]
-        shared = [int(np.isin(view.track_ids, in_window).sum()) for view in self.older]
+        if not self.older:
+            return ()
+        shared_ids = is_among(np.concatenate([view.track_ids for view in self.older]), in_window)
+        starts = np.cumsum([0, *(len(view.track_ids) for view in self.older)])
+        shared = [int(np.count_nonzero(shared_ids[a:b])) for a, b in pairwise(starts)]
         best = sorted(range(len(shared)), key=lambda i: shared[i])[-self._config.window_fixed :]
         return tuple(self.older[i] for i in sorted(best) if shared[i] >= self._config.min_inliers)
 
@@ -348,16 +375,14 @@ def _comparable(features: Features) -> torch.Tensor:
 
 def _observations(views: tuple[View, ...], num_fixed: int, tracks: TrackTable) -> tuple[IntArray, IntArray, IntArray]:
     """Track ids, view numbers and feature rows (O,) of landmarks seen twice or more, and once by a free view."""
-    ids, pose_index, rows = [], [], []
-    for i, view in enumerate(views):
-        _, has_landmark = tracks.landmarks(view.track_ids)
-        seen = np.flatnonzero(has_landmark)
-        ids.append(view.track_ids[seen])
-        pose_index.append(np.full(len(seen), i, np.int64))
-        rows.append(seen)
-    all_ids, all_poses = np.concatenate(ids), np.concatenate(pose_index)
+    all_ids = np.concatenate([view.track_ids for view in views])
+    lengths = [len(view.track_ids) for view in views]
+    all_poses = np.repeat(np.arange(len(views)), lengths)
+    all_rows = np.concatenate([np.arange(length) for length in lengths])
+    _, has_landmark = tracks.landmarks(all_ids)
+    all_ids, all_poses, all_rows = all_ids[has_landmark], all_poses[has_landmark], all_rows[has_landmark]
     _, inverse, counts = np.unique(all_ids, return_inverse=True, return_counts=True)
     by_free = np.bincount(inverse[all_poses >= num_fixed], minlength=len(counts))
     useful = (counts >= 2) & (by_free >= 1)
     keep = useful[inverse]
-    return all_ids[keep], all_poses[keep], np.concatenate(rows)[keep]
+    return all_ids[keep], all_poses[keep], all_rows[keep]
