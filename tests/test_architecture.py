@@ -66,6 +66,7 @@ LAYERS = (
         "vo.keys_command",
         "vo.recorder",
         "vo.refined",
+        "vo.device_faults",
         "vo.frontend",
         "vo.mcap_recorder",
         "vo.replay",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from frontends.base import Extractor, Matcher
+from frontends.base import DeviceError, Extractor, Matcher
 from frontends.engine import Engine, create_engine
 from frontends.frontend import create_extractor, create_matcher
 from frontends.nearest import NearestConfig
 from frontends.orb import OrbConfig
 from vo.config import Config, FrontendConfig
+from vo.device_faults import device_faults
 from vo.summary import UsedWeights
-from vo.types import ConfigError, WeightsError
+from vo.types import Camera, ConfigError, WeightsError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +71,44 @@ def create_frontend(config: FrontendConfig, device: torch.device) -> Frontend:
         () if extractor.remark is None else (f"{config.extractor.name}: {extractor.remark}",),
         engine,
     )
+
+
+def on_device(
+    name: str, load: Callable[[torch.device], tuple[Config, Frontend]], camera: Camera
+) -> tuple[Config, Frontend]:
+    """A frontend that is loaded and warmed up for a camera, and the configuration in use.
+
+    Where the device is "auto" and the GPU cannot run it, the CPU does, and the fallbacks say so. Raises DeviceError
+    where that was not allowed, ConfigError for a GPU that is missing, and what `load` raises.
+    """
+    device = select_device(name)
+    try:
+        with device_faults():
+            config, frontend = load(device)
+            return config, warmed_up(frontend, device, camera)
+    except DeviceError as error:
+        if name != "auto" or device.type == "cpu":
+            raise
+        reason = str(error).removeprefix("frontend.device: ")
+    config, frontend = load(torch.device("cpu"))
+    return config, replace(frontend, fallbacks=(*frontend.fallbacks, f"the CPU takes the place of the GPU: {reason}"))
+
+
+def warmed_up(frontend: Frontend, device: torch.device, camera: Camera) -> Frontend:
+    """The same once everything that a first frame would have to wait for has been prepared. Raises DeviceError."""
+    if frontend.engine is not None:
+        frontend.engine.warm_up(camera.width, camera.height)
+        # What could not be captured may have been replaced.
+        frontend = replace(
+            frontend,
+            extractor=frontend.engine.extractor,
+            matcher=frontend.engine.matcher,
+            fallbacks=(*frontend.fallbacks, *frontend.engine.fallbacks),
+        )
+    if device.type != "cpu":
+        features = frontend.extractor.extract(np.zeros((camera.height, camera.width, 3), np.uint8))
+        frontend.matcher.match(features, features)
+    return frontend
 
 
 def create_frontend_or_orb(config: Config, device: torch.device) -> tuple[Config, Frontend]:

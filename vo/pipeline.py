@@ -11,6 +11,7 @@ from types import FrameType
 import numpy as np
 
 from vo.config import Config, GroundTruthScaleConfig
+from vo.device_faults import device_faults
 from vo.frontend import Frontend
 from vo.match_ahead import MatchAhead
 from vo.odometry import Odometry
@@ -53,7 +54,7 @@ def run(
     on_last_map is called with what the window still corrected after the last frame.
     external    what somebody tells of the distance travelled, for the scale source of that name.
 
-    Raises what a stage raised, after all of them have ended.
+    Raises what a stage raised, after all of them have ended; DeviceError where a GPU failed.
     """
     meter, stop = meter or RunMeter(), stop or threading.Event()
     is_threaded = config.pipeline.threaded if threaded is None else threaded
@@ -76,7 +77,8 @@ def run(
         max_frames=max_frames,
     )
     try:
-        stages.run(options)
+        with device_faults():
+            stages.run(options)
     finally:
         meter.radial_distortion = odometry.radial_distortion
         # Where its stage had to be left behind, the odometry is still in the middle of a step.
@@ -121,6 +123,7 @@ def summarise(meter: RunMeter, source: Source, frontend: Frontend, *, is_interru
         device=frontend.device_name,
         weights=frontend.weights,
         fallbacks=frontend.fallbacks + left_behind,
+        engine=() if frontend.engine is None else frontend.engine.choices,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from vo.config import Config, ExternalScaleConfig, PublisherConfig, StereoScaleConfig
 from vo.config_loader import dump_config, load_config
-from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, select_device
+from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, on_device
 from vo.message_stream import MessageStream
 from vo.message_types import ScaleQuantity
 from vo.messages import RunState, Topic
@@ -26,7 +26,7 @@ from vo.run_results import RunResults
 from vo.scale import ExternalReadings
 from vo.sources import Source, open_source
 from vo.stages import FrameResult, Sink
-from vo.types import ConfigError, MapUpdate, WeightsError
+from vo.types import Camera, ConfigError, MapUpdate, WeightsError
 from vo.viewer_process import ViewerProcess, check_viewable
 
 USER_ERROR = 2
@@ -103,8 +103,7 @@ def run_command(request: RunRequest) -> int:
         viewer = None
         if publisher is not None and request.views:
             viewer = resources.enter_context(ViewerProcess(publisher.endpoint, source.ground_truth, _note))
-        device = select_device(config.frontend.device)
-        config, frontend = load_frontend(config, device, request)
+        config, frontend = load_frontend(config, source.camera, request)
         if recorder is not None:
             recorder.write_config(dump_config(config))
             write_run_camera(recorder.output_dir, source.camera)
@@ -196,17 +195,24 @@ def requested_config(request: RunRequest) -> Config:
     return load_config(request.config, overrides)
 
 
-def load_frontend(config: Config, device: torch.device, request: RunRequest) -> tuple[Config, Frontend]:
-    """The networks and the configuration in use, which differs where ORB had to take their place."""
-    if request.falls_back_to_orb:
-        config, frontend = create_frontend_or_orb(config, device)
-        for fallback in frontend.fallbacks:
-            print(f"vo: {fallback}", file=sys.stderr, flush=True)
-        return config, frontend
-    try:
-        return config, create_frontend(config.frontend, device)
-    except WeightsError as error:
-        raise WeightsError(f"{error}; or run without them: --fallback-orb") from error
+def load_frontend(config: Config, camera: Camera, request: RunRequest) -> tuple[Config, Frontend]:
+    """The networks, ready for a camera, and the configuration in use; what took the place of what is said at once.
+
+    Raises WeightsError, DeviceError, ConfigError.
+    """
+
+    def load(device: torch.device) -> tuple[Config, Frontend]:
+        if request.falls_back_to_orb:
+            return create_frontend_or_orb(config, device)
+        try:
+            return config, create_frontend(config.frontend, device)
+        except WeightsError as error:
+            raise WeightsError(f"{error}; or run without them: --fallback-orb") from error
+
+    used, frontend = on_device(config.frontend.device, load, camera)
+    for fallback in frontend.fallbacks:
+        _note(fallback)
+    return used, frontend
 
 
 def num_frames(source: Source, max_frames: int | None) -> int | None:

@@ -102,6 +102,7 @@ class RunMeter:
         device: str,
         weights: tuple[UsedWeights, ...],
         fallbacks: tuple[str, ...],
+        engine: tuple[str, ...] = (),
     ) -> RunSummary:
         """Everything counted so far; frames that were only left without their depth do not count as skipped."""
         return RunSummary(
@@ -127,4 +128,5 @@ class RunMeter:
             versions=library_versions(),
             weights=weights,
             fallbacks=fallbacks,
+            engine=engine,
         )

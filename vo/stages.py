@@ -101,6 +101,8 @@ class _StageThread(threading.Thread):
         self.gives_to = gives_to
         self.failure: BaseException | None = None
         self.failed_ns = 0
+        # Whoever ends the process looks here: see vo.cli.
+        self.is_left_behind = False
 
     def run(self) -> None:
         with ExitStack() as ending:
@@ -240,7 +242,9 @@ class Stages:
             if waited_s > stop_timeout_s:
                 self._give_up_waiting(threads)
                 break
-        self._meter.left_behind = tuple(thread.name for thread in threads if thread.is_alive())
+        for thread in threads:
+            thread.is_left_behind = thread.is_alive()
+        self._meter.left_behind = tuple(thread.name for thread in threads if thread.is_left_behind)
         failures = sorted((thread for thread in threads if thread.failure), key=lambda thread: thread.failed_ns)
         if failures and failures[0].failure is not None:
             raise failures[0].failure

@@ -69,6 +69,7 @@ class RunSummary:
     versions           (distribution, version), see `library_versions`.
     weights            every file of weights in use.
     fallbacks          what was replaced by something else, one sentence each.
+    engine             what the warm-up on a GPU measured and chose, one sentence each.
     evaluation         against the ground truth, where there is one.
     """
 
@@ -94,6 +95,7 @@ class RunSummary:
     versions: tuple[tuple[str, str], ...]
     weights: tuple[UsedWeights, ...]
     fallbacks: tuple[str, ...]
+    engine: tuple[str, ...] = ()
     evaluation: Evaluation | None = None
 
 
