@@ -132,7 +132,9 @@ class _State:
 class _NormalEquations:
     """Blocks of J^T W J and J^T W r for C camera unknowns (six per free pose, then those of the lens) and L points.
 
-    cameras (C, C), camera_gradient (C,), points (L, 3, 3), point_gradients (L, 3), coupling (C, L, 3).
+    cameras (C, C), camera_gradient (C,), points (L, 3, 3), point_gradients (L, 3), coupling (C, L, 3). A pose and a
+    point that does not see it are not coupled: `blocks` (F, 6, 3) are all that is not zero there, `block_poses` (F,)
+    and `block_points` (F,) where they stand.
     """
 
     cameras: FloatArray
@@ -140,6 +142,9 @@ class _NormalEquations:
     points: FloatArray
     point_gradients: FloatArray
     coupling: FloatArray
+    blocks: FloatArray
+    block_poses: IntArray
+    block_points: IntArray
 
 
 def optimize_window(problem: WindowProblem, kernel_px: float = 1.0, max_iterations: int = 8) -> WindowSolution:
@@ -240,12 +245,16 @@ def _linearize(problem: WindowProblem, state: _State, kernel_px: float) -> _Norm
     num_free, num_points = len(state.T) - problem.num_fixed, len(state.points)
     size = 6 * num_free + problem.num_lens
     by_point, residual = jacobians.by_point, jacobians.residual
+    first = len(problem.pose_index) - len(jacobians.by_pose)
     equations = _NormalEquations(
         np.zeros((size, size)),
         np.zeros(size),
         _summed_outer(by_point, problem.point_index, num_points),
         _summed(np.einsum("noi,no->ni", by_point, residual), problem.point_index, num_points),
         np.zeros((size, num_points, 3)),
+        _pose_point_blocks(jacobians.by_pose, by_point[first:]),
+        problem.pose_index[first:] - problem.num_fixed,
+        problem.point_index[first:],
     )
     _couple_poses(equations, problem, jacobians)
     _add_lens(equations, problem, state, jacobians)
@@ -338,17 +347,21 @@ def _by_pose(uv: FloatArray, inverse_depth: FloatArray) -> FloatArray:
     return jacobian
 
 
+def _pose_point_blocks(by_pose: FloatArray, by_point: FloatArray) -> FloatArray:
+    """(F, 6, 3): J^T J of the pose and the point of each observation (F, d, 6) and (F, d, 3)."""
+    blocks = by_pose[:, 0, :, None] * by_point[:, 0, None, :]
+    for row in range(1, by_pose.shape[1]):
+        blocks += by_pose[:, row, :, None] * by_point[:, row, None, :]
+    return blocks
+
+
 def _couple_poses(equations: _NormalEquations, problem: WindowProblem, jacobians: _Jacobians) -> None:
     """Fills in what belongs to the free poses, whose observations are the last ones."""
     by_pose = jacobians.by_pose
     first = len(problem.pose_index) - len(by_pose)
-    by_point, residual = jacobians.by_point[first:], jacobians.residual[first:]
-    free_row = problem.pose_index[first:] - problem.num_fixed
+    residual, free_row = jacobians.residual[first:], equations.block_poses
     num_free = len(problem.T_world_camera) - problem.num_fixed
-    num_points = len(problem.points)
-    blocks = equations.coupling[: 6 * num_free].reshape(num_free, 6, num_points, 3)
-    products = sum(by_pose[:, row, :, None] * by_point[:, row, None, :] for row in range(by_pose.shape[1]))
-    blocks[free_row, :, problem.point_index[first:]] = products
+    _by_pose_and_point(equations.coupling, num_free)[free_row, :, equations.block_points] = equations.blocks
     bounds = np.searchsorted(free_row, np.arange(num_free + 1))
     for row in range(num_free):
         mine = slice(bounds[row], bounds[row + 1])
@@ -398,11 +411,32 @@ def _reduced(equations: _NormalEquations, damping: float) -> tuple[FloatArray, F
     inverse: FloatArray = np.asarray(np.linalg.inv(_damped(equations.points, damping)), np.float64)
     coupling = equations.coupling
     size = len(coupling)
-    by_inverse = sum(coupling[:, :, j, None] * inverse[None, :, j, :] for j in range(3))
-    flat = np.asarray(by_inverse).reshape(size, -1)
-    system = equations.cameras - flat @ coupling.reshape(size, -1).T
+    width = 3 * len(inverse)
+    flat = _coupling_by_inverse(equations, inverse).reshape(size, width)
+    system = equations.cameras - flat @ coupling.reshape(size, width).T
     gradient = equations.camera_gradient - flat @ equations.point_gradients.ravel()
     return system, gradient, inverse
+
+
+def _coupling_by_inverse(equations: _NormalEquations, inverse: FloatArray) -> FloatArray:
+    """(C, L, 3): the coupling times the inverse block of each point, where there is any coupling."""
+    product = np.zeros_like(equations.coupling)
+    num_free = int(equations.block_poses[-1]) + 1 if len(equations.block_poses) else 0
+    lens = slice(6 * num_free, None)
+    blocks, inverse_of = equations.blocks, inverse[equations.block_points]
+    of_blocks = blocks[:, :, 0, None] * inverse_of[:, None, 0, :]
+    of_lens = equations.coupling[lens, :, 0, None] * inverse[None, :, 0, :]
+    for j in (1, 2):
+        of_blocks += blocks[:, :, j, None] * inverse_of[:, None, j, :]
+        of_lens += equations.coupling[lens, :, j, None] * inverse[None, :, j, :]
+    _by_pose_and_point(product, num_free)[equations.block_poses, :, equations.block_points] = of_blocks
+    product[lens] = of_lens
+    return product
+
+
+def _by_pose_and_point(coupling: FloatArray, num_free: int) -> FloatArray:
+    """A view (P, 6, L, 3) of the coupling's rows that belong to poses."""
+    return coupling[: 6 * num_free].reshape(num_free, 6, *coupling.shape[1:])
 
 
 def _solve_schur(equations: _NormalEquations, damping: float) -> tuple[FloatArray, FloatArray]:
