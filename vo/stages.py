@@ -28,7 +28,7 @@ Made = TypeVar("Made")
 
 # How long a stage may take to end once the run is to end. One that takes longer, hanging in a driver or at work in a
 # slow network, is left behind: whoever stops a run has its results within two seconds.
-STOP_TIMEOUT_S = 1.0
+STOP_TIMEOUT_S = 1.2
 _POLL_S = 0.05
 # How long the capture may take to notice a stop by itself before its source is closed under it.
 _CLOSE_AFTER_S = 0.3
