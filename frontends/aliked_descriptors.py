@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from frontends.aliked_folding import FoldedLinear, FoldedSelu
+from frontends.aliked_folding import FoldedLinear, FoldedSelu, Kernels
 from frontends.aliked_layout import Layout
 from frontends.aliked_network import DescriptorHead, max_offset_px, patch_pixels
 from frontends.aliked_sampling import as_table, weighted_rows, zero_padded_taps
@@ -29,7 +29,7 @@ class PyramidSampler:
         self.fine_branch, self.selu = fine_branch, selu
         self.padded_width = block1.shape[2]
 
-    def __call__(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Fine (N, D/4) and coarse (N, 3 D/4) features, not normalised, at rows and columns that broadcast to N."""
         layout = self.layout
         left, top = layout.origin
@@ -39,6 +39,44 @@ class PyramidSampler:
         weights = _look_up(layout.row_weights, rows) * _look_up(layout.column_weights, columns)
         coarse = weighted_rows(self.coarse, cells.view(-1, 4), weights.view(-1, 4))
         return fine, coarse.view(len(fine), -1)
+
+    def pixels(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Features (N, D) of unit length at pixels."""
+        return functional.normalize(torch.cat(self._parts(rows, columns), dim=1), dim=1)
+
+    def interpolated(self, places: Tensor) -> Tensor:
+        """Features (N, D) at places (2, N) px (x, y), between those of unit length at the pixels around them."""
+        height, width = self.layout.size
+        rows, columns = zero_padded_taps(places[1], height), zero_padded_taps(places[0], width)
+        fine, coarse = self._parts(rows.indices.unsqueeze(1), columns.indices.unsqueeze(0))
+        norm = torch.hypot(torch.linalg.vector_norm(fine, dim=1), torch.linalg.vector_norm(coarse, dim=1))
+        weights = (rows.weights.unsqueeze(1) * columns.weights.unsqueeze(0)).view(4, -1).div_(norm.view(4, -1))
+        weights = weights.t().contiguous()
+        corners = torch.arange(len(norm), device=norm.device, dtype=torch.int32).view(4, -1).t().contiguous()
+        return torch.cat((weighted_rows(fine, corners, weights), weighted_rows(coarse, corners, weights)), dim=1)
+
+
+class KernelSampler:
+    """The same by kernels of our own."""
+
+    def __init__(
+        self,
+        block1: Tensor,
+        coarse: Tensor,
+        layout: Layout,
+        fine_branch: FoldedLinear,
+        selu: FoldedSelu,
+        kernels: Kernels,
+    ) -> None:
+        self._inputs = block1, coarse, layout, fine_branch.weight
+        self._is_native = selu.input_shift == 0.0
+        self._kernels = kernels
+
+    def pixels(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return self._kernels.features(*self._inputs, torch.stack((columns, rows)), self._is_native)
+
+    def interpolated(self, places: Tensor) -> Tensor:
+        return self._kernels.features(*self._inputs, places, self._is_native)
 
 
 def _look_up(table: Tensor, indices: Tensor) -> Tensor:
@@ -61,29 +99,24 @@ class FoldedDescriptorHead(nn.Module):
         # The gain is left out here: descriptors are normalised.
         self.register_buffer("aggregation", head.agg_weights.detach().flatten(0, 1))
 
-    def forward(self, sampler: PyramidSampler, keypoints: Tensor, height: int, width: int) -> Tensor:
+    def forward(self, sampler: PyramidSampler | KernelSampler, keypoints: Tensor, height: int, width: int) -> Tensor:
         """Descriptors (K, D) at keypoints (K, 2) px of an image of height x width px."""
         chunk = CHUNK_SAMPLES // self.num_samples if keypoints.device.type == "cpu" else len(keypoints)
         starts = range(0, len(keypoints), chunk)
         parts = [self._describe(sampler, keypoints[first : first + chunk], height, width) for first in starts]
         return functional.normalize(torch.cat(parts), dim=1)
 
-    def _describe(self, sampler: PyramidSampler, keypoints: Tensor, height: int, width: int) -> Tensor:
-        places = self._sample_places(sampler, keypoints, height, width)
-        rows, columns = zero_padded_taps(places[1], height), zero_padded_taps(places[0], width)
-        fine, coarse = sampler(rows.indices.unsqueeze(1), columns.indices.unsqueeze(0))
-        norm = torch.hypot(torch.linalg.vector_norm(fine, dim=1), torch.linalg.vector_norm(coarse, dim=1))
-        weights = (rows.weights.unsqueeze(1) * columns.weights.unsqueeze(0)).view(4, -1).div_(norm.view(4, -1))
-        weights = weights.t().contiguous()
-        corners = torch.arange(len(norm), device=norm.device, dtype=torch.int32).view(4, -1).t().contiguous()
-        sampled = torch.cat((weighted_rows(fine, corners, weights), weighted_rows(coarse, corners, weights)), dim=1)
+    def _describe(self, sampler: PyramidSampler | KernelSampler, keypoints: Tensor, height: int, width: int) -> Tensor:
+        sampled = sampler.interpolated(self._sample_places(sampler, keypoints, height, width))
         features: Tensor = self.selu(self.feature(sampled), is_shifted=False)
         return torch.mm(features.view(len(keypoints), -1), self.aggregation)
 
-    def _sample_places(self, sampler: PyramidSampler, keypoints: Tensor, height: int, width: int) -> Tensor:
+    def _sample_places(
+        self, sampler: PyramidSampler | KernelSampler, keypoints: Tensor, height: int, width: int
+    ) -> Tensor:
         """Where the features are read, (2, K M) px (x, y)."""
         pixels = patch_pixels(keypoints, height, width).flatten()
-        patches = functional.normalize(torch.cat(sampler(pixels // width, pixels % width), dim=1), dim=1)
+        patches = sampler.pixels(pixels // width, pixels % width)
         hidden = self.selu(self.patch(patches.view(len(keypoints), -1)))
         limit = max_offset_px(height, width)
         offsets: Tensor = self.offset(hidden).clamp_(-limit, limit).view(len(keypoints), 2, self.num_samples)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from frontends.aliked_layout import Layout
 from frontends.aliked_network import DeformableConv2d, max_offset_px
 from frontends.aliked_sampling import as_map, as_table, weighted_rows
 
@@ -117,8 +119,22 @@ class FoldedLinear(nn.Module):
         return out if self.bias is None else out.add_(self.bias)
 
 
+class Kernels(Protocol):
+    """Kernels of our own for single images, in the place of PyTorch's operations; see `aliked_kernels`."""
+
+    def deformed_taps(self, x: Tensor, offsets: Tensor, limit: float) -> Tensor: ...
+
+    def suppress(self, score_map: Tensor, num_rounds: int) -> Tensor: ...
+
+    def features(
+        self, block1: Tensor, coarse: Tensor, layout: Layout, fine_weight: Tensor, places: Tensor, is_native: bool
+    ) -> Tensor: ...
+
+
 class FoldedDeformableConv2d(nn.Module):
     """A deformable convolution with its batch norm: one gather of all taps, one matrix product."""
+
+    kernels: Kernels | None = None
 
     def __init__(self, conv: DeformableConv2d, *, gain: float, shift: float, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -130,7 +146,10 @@ class FoldedDeformableConv2d(nn.Module):
         """Channels-last (B, C, H, W) -> channels-last (B, D, H, W)."""
         batch, channels, height, width = x.shape
         limit = max_offset_px(height, width)
-        offsets = as_table(self.offset_conv(x)).clamp_(-limit, limit).view(batch, height, width, 9, 2)
+        offsets = as_table(self.offset_conv(x))
+        if self.kernels is not None:
+            return as_map(self.product(self.kernels.deformed_taps(x, offsets, limit)), x.shape)
+        offsets = offsets.clamp_(-limit, limit).view(batch, height, width, 9, 2)
         steps = torch.arange(-1.0, 2.0, device=x.device)
         y = torch.arange(height, device=x.device).view(-1, 1, 1) + steps.repeat_interleave(3)
         columns = torch.arange(width, device=x.device).view(-1, 1) + steps.repeat(3)

@@ -8,19 +8,23 @@ the branches, norm included (aliked_descriptors.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from frontends.aliked_descriptors import FoldedDescriptorHead, PyramidSampler
+from frontends.aliked_descriptors import FoldedDescriptorHead, KernelSampler, PyramidSampler
 from frontends.aliked_folding import (
     CHUNK_VALUES,
     FoldedConv2d,
     FoldedDeformableConv2d,
     FoldedLinear,
     FoldedSelu,
+    Kernels,
 )
 from frontends.aliked_layout import Layout, create_layout
 from frontends.aliked_network import BLOCK_STRIDES, AlikedNetwork, DeformableConv2d, ResidualBlock
@@ -47,6 +51,8 @@ class Pyramid:
 
 class AlikedInference(nn.Module):
     """The network for inference, its weights folded for one device."""
+
+    kernels: Kernels | None = None
 
     def __init__(self, network: AlikedNetwork, device: torch.device) -> None:
         super().__init__()
@@ -133,11 +139,29 @@ class AlikedInference(nn.Module):
     def describe(self, pyramid: Pyramid, keypoints: Tensor) -> Tensor:
         """Descriptors (B, K, D) of unit length at keypoints (B, K, 2) px."""
         samplers = (
-            PyramidSampler(block1, coarse, pyramid.layout, self.fine_branch, self.selu)
+            self._sampler(block1, coarse, pyramid.layout)
             for block1, coarse in zip(pyramid.block1, pyramid.coarse, strict=True)
         )
         pairs = zip(samplers, keypoints, strict=True)
         return torch.stack([self.head(sampler, points, *pyramid.layout.size) for sampler, points in pairs])
+
+    def _sampler(self, block1: Tensor, coarse: Tensor, layout: Layout) -> PyramidSampler | KernelSampler:
+        if self.kernels is None:
+            return PyramidSampler(block1, coarse, layout, self.fine_branch, self.selu)
+        return KernelSampler(block1, coarse, layout, self.fine_branch, self.selu, self.kernels)
+
+    @contextmanager
+    def using(self, kernels: Kernels | None) -> Iterator[None]:
+        """Inside, kernels of our own take the place of PyTorch's operations; None: they do not."""
+        users: list[Any] = [self, *(module for module in self.modules() if isinstance(module, FoldedDeformableConv2d))]
+        before = self.kernels
+        for user in users:
+            user.kernels = kernels
+        try:
+            yield
+        finally:
+            for user in users:
+                user.kernels = before
 
 
 class FoldedResidualBlock(nn.Module):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from frontends.aliked import Aliked, check_size
 from frontends.aliked_detection import RADIUS, Detections, detect, suppress_non_maxima
+from frontends.aliked_folding import Kernels
 from frontends.base import resized_shape, to_full_resolution
 from frontends.static_form import AreaResize, Program, StaticFeatures
 
@@ -40,7 +43,9 @@ class AlikedStatic:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        return ("torch",)
+        """Triton's compile for NVIDIA GPUs; on the CPU only its interpreter runs them, for tests."""
+        is_there = importlib.util.find_spec("triton") is not None
+        return ("torch", "triton") if is_there and self._extractor.device.type == "cuda" else ("torch",)
 
     def program(self, shape: tuple[int, ...], precision: str, kernels: str) -> Program:
         full = check_size(shape)
@@ -49,24 +54,35 @@ class AlikedStatic:
         check_size((resized[1], resized[0]))
         shrink = None if resized == full else AreaResize(full, resized, self._extractor.device)
         layout = network.create_layout(resized[1], resized[0])
+        ours = _triton_kernels() if kernels == "triton" else None
         # On a CPU pooling is the slowest way there is.
         suppress = suppress_non_maxima if self._extractor.device.type == "cpu" else suppress_by_pooling
+        if ours is not None:
+            suppress = ours.suppress
 
         def run(image: Tensor) -> StaticFeatures:
             pixels = image if shrink is None else shrink(image)
             rgb = pixels if pixels.ndim == 3 else pixels.unsqueeze(-1).expand(-1, -1, 3)
-            pyramid = network(rgb.permute(2, 0, 1).unsqueeze(0), layout)
-            found = detect(
-                pyramid.score_map,
-                config.max_keypoints,
-                config.score_threshold,
-                config.suppression_rounds,
-                config.spread_cell_px,
-                suppress,
-            )
-            return _features(found, network.describe(pyramid, found.keypoints)[0], resized, full)
+            with network.using(ours):
+                pyramid = network(rgb.permute(2, 0, 1).unsqueeze(0), layout)
+                found = detect(
+                    pyramid.score_map,
+                    config.max_keypoints,
+                    config.score_threshold,
+                    config.suppression_rounds,
+                    config.spread_cell_px,
+                    suppress,
+                )
+                descriptors = network.describe(pyramid, found.keypoints)[0]
+            return _features(found, descriptors, resized, full)
 
         return run
+
+
+def _triton_kernels() -> Kernels:
+    from frontends.aliked_kernels import TritonKernels  # Triton is there on few machines, and takes a second
+
+    return TritonKernels()
 
 
 def _features(
