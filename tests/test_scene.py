@@ -39,6 +39,7 @@ from vo.scene_panel import (
     TrackPicture,
     age_colors,
     hidden_layers,
+    read_image,
     rgb,
     stamp_dots,
     tails,
@@ -396,10 +397,20 @@ def test_a_broken_image_is_counted_and_the_last_one_stays():
     picture.set_image(an_image(1))
     expected = picture.draw(320)
     broken = CompressedImage(2, 2 * PERIOD_NS, 640, 480, an_image(2).data[:200].copy())
+    assert read_image(broken) is None
     for image in (broken, replace(an_image(3), width=320)):
         picture.set_image(image)
         np.testing.assert_array_equal(picture.draw(320), expected)
     assert picture.num_broken == 2 and picture.frame_index == 1
+
+
+def test_an_image_that_was_read_elsewhere_is_not_read_again():
+    picture, read = TrackPicture(), read_image(an_image(1))
+    assert read is not None and read.shape == (480, 640, 3)
+    np.testing.assert_allclose(read[240, 320], IMAGE_COLOR, atol=3)
+    unreadable = replace(an_image(1), data=an_image(1).data[:200].copy())
+    picture.set_image(unreadable, read)
+    assert count(picture.draw(320), IMAGE_COLOR) == 320 * 240 and picture.num_broken == 0
 
 
 def test_the_panel_shows_image_text_and_legend_and_hides_what_it_is_told_to():

@@ -13,6 +13,7 @@ far longer where Mesa draws in software.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -29,6 +30,7 @@ from vo.bench_machine import read_machine
 from vo.message_stream import keyframe_updates, points_updates
 from vo.message_types import CompressedImage, Header, Message, Topic
 from vo.scene_live import Link, LiveScene
+from vo.scene_panel import Picture, read_image
 from vo.scene_view import ViewState
 from vo.types import Camera, FloatArray, FrameTracks, MapUpdate, PoseEstimate, TrackingStatus, VoError
 from vo.view_command import draws_in_software, load_viewer
@@ -169,7 +171,8 @@ def measure(num_landmarks: int, num_poses: int, num_frames: int, num_renders: in
         fill_ms = timed_ms(lambda: screen.update(live.scene, view, budget_s=np.inf))
         for index in range(num_poses, num_poses + num_frames):
             messages = made_up.messages(index, WINDOW_KEYFRAMES)
-            stages.run("accept", lambda messages=messages: accept_all(live, messages))
+            pictures = [read_image(m.body) if isinstance(m.body, CompressedImage) else None for m in messages]
+            stages.run("accept", lambda all_=messages, read=pictures: accept_all(live, all_, read))
             num_chunks.append(stages.run("chunks", lambda: screen.update(live.scene, view, budget_s=np.inf)))
             stages.run("aim", lambda: screen.aim(live.scene, view))
             stages.run("panel", lambda: screen.draw_panel(live.picture, live.lines(link), view))
@@ -198,9 +201,10 @@ def measure(num_landmarks: int, num_poses: int, num_frames: int, num_renders: in
     }
 
 
-def accept_all(live: LiveScene, messages: list[Message]) -> None:
-    for message in messages:
-        live.accept(message, time.time_ns())
+def accept_all(live: LiveScene, messages: list[Message], pictures: Sequence[Picture | None] = ()) -> None:
+    """The messages as they come out of the mailbox: with the pictures that the thread which receives them has read."""
+    for message, picture in itertools.zip_longest(messages, pictures):
+        live.accept(message, time.time_ns(), picture)
 
 
 def camera_message() -> Message:

@@ -11,8 +11,9 @@ from types import TracebackType
 
 from vo.client import Client
 from vo.keys import ClientKeys
-from vo.message_types import Message, Topic
+from vo.message_types import CompressedImage, Message, Topic
 from vo.scene_live import Link
+from vo.scene_panel import Picture, read_image
 
 TOPICS = (Topic.POSE, Topic.KEYFRAME, Topic.POINTS, Topic.TRACKS, Topic.IMAGE, Topic.STATUS, Topic.CAMERA)
 MAX_WAITING = 4096
@@ -23,10 +24,11 @@ JOIN_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Received:
-    """A message and when it came, Unix time."""
+    """A message and when it came, Unix time; of an image, the picture, so that the window need not read it."""
 
     message: Message
     received_ns: int
+    picture: Picture | None = None
 
 
 class Mailbox:
@@ -133,7 +135,9 @@ class SceneFeed:
                     self._is_complete = client.inbox.is_complete
                     continue
                 self._is_complete = False
-                self.mailbox.put(Received(message, time.time_ns()))
+                received_ns, body = time.time_ns(), message.body
+                picture = read_image(body) if isinstance(body, CompressedImage) else None
+                self.mailbox.put(Received(message, received_ns, picture))
 
     def _carry(
         self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None

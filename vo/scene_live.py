@@ -14,7 +14,7 @@ from vo.message_types import (
     StatusReport,
 )
 from vo.scene import STATUS_COLORS, Scene
-from vo.scene_panel import DIM_COLOR, WARNING_COLOR, TextLine, TrackPicture
+from vo.scene_panel import DIM_COLOR, WARNING_COLOR, Picture, TextLine, TrackPicture
 from vo.scene_truth import TruthAligner
 from vo.trajectory import Trajectory
 from vo.types import Camera, FrameTracks, PoseEstimate
@@ -61,8 +61,8 @@ class LiveScene:
         """Where the run is, as its publisher said last."""
         return None if self._report is None else self._report.state
 
-    def accept(self, message: Message, received_ns: int) -> None:
-        """Takes one message, which came at `received_ns`, Unix time."""
+    def accept(self, message: Message, received_ns: int, picture: Picture | None = None) -> None:
+        """Takes one message, which came at `received_ns`, Unix time; of an image, what `read_image` made of it."""
         if message.header.session_id != self._session_id:
             self._session_id = message.header.session_id
             self._forget()
@@ -74,7 +74,7 @@ class LiveScene:
             case FrameTracks() as tracks:
                 self.picture.add_tracks(tracks)
             case CompressedImage() as image:
-                self.picture.set_image(image)
+                self.picture.set_image(image, picture)
             case KeyframeUpdate() as update:
                 self.scene.update_keyframes(
                     update.segment_id, update.keyframe_indices, update.T_world_keyframes, is_reset=update.is_reset

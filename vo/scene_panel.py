@@ -70,7 +70,7 @@ class TrackPicture:
     def clear(self) -> None:
         """Forgets the run, but not its camera."""
         self._tracks: deque[FrameTracks] = deque(maxlen=KEPT_FRAMES)
-        self._waiting: CompressedImage | None = None
+        self._waiting: tuple[CompressedImage, Picture | None] | None = None
         self._image: Picture | None = None
         self._resized: Picture | None = None
         self._image_frame: int | None = None
@@ -102,9 +102,12 @@ class TrackPicture:
         """Takes the tracks of the next frame."""
         self._tracks.append(tracks)
 
-    def set_image(self, image: CompressedImage) -> None:
-        """Takes a new image, to be read when it is drawn; where it cannot be, the last one stays."""
-        self._waiting = image
+    def set_image(self, image: CompressedImage, picture: Picture | None = None) -> None:
+        """Takes a new image, to be read when it is drawn; where it cannot be, the last one stays.
+
+        picture  what `read_image` has made of it already, in a thread that has the time.
+        """
+        self._waiting = image, picture
 
     def draw(self, width: int) -> Picture:
         """(H, width, 3) RGB."""
@@ -118,14 +121,15 @@ class TrackPicture:
         return canvas
 
     def _read_image(self) -> None:
-        image, self._waiting = self._waiting, None
-        if image is None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
             return
-        picture = cv2.imdecode(np.ascontiguousarray(image.data), cv2.IMREAD_COLOR_RGB)
-        if picture is None or picture.shape[:2] != (image.height, image.width):
+        image, picture = waiting
+        picture = read_image(image) if picture is None else picture
+        if picture is None:
             self.num_broken += 1
             return
-        self._image, self._image_frame = picture.astype(np.uint8, copy=False), image.frame_index
+        self._image, self._image_frame = picture, image.frame_index
         self._resized = None
 
     def _resize(self, size: tuple[int, int]) -> Picture:
@@ -169,6 +173,14 @@ class TrackPicture:
             if end > start:
                 color = tuple(int(value) for value in self._colors[number])
                 cv2.polylines(canvas, list(lines[start:end]), False, color, 1)
+
+
+def read_image(image: CompressedImage) -> Picture | None:
+    """(H, W, 3) RGB; None of what is no picture of the size it says."""
+    picture = cv2.imdecode(np.ascontiguousarray(image.data), cv2.IMREAD_COLOR_RGB)
+    if picture is None or picture.shape[:2] != (image.height, image.width):
+        return None
+    return picture.astype(np.uint8, copy=False)
 
 
 def tails(frames: Sequence[FrameTracks]) -> NDArray[np.float32]:

@@ -231,7 +231,7 @@ class _Progress:
         is_complete = self._feed.is_complete  # asked first: what made it complete is in the mailbox then
         received = self._feed.mailbox.take(MAX_MESSAGES_PER_STEP)
         for item in received:
-            self._live.accept(item.message, item.received_ns)
+            self._live.accept(item.message, item.received_ns, item.picture)
         self._is_drained = is_complete and not received
         self._live.realign(is_final=self._is_drained)
 
