@@ -170,9 +170,9 @@ class Engine:
     def _fall_back(self, error: RuntimeError) -> None:
         """The methods as they are take the place of graphs that could not be captured, where that is allowed."""
         failure = device_error(error)
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        if failure is not None and not _is_capture_failure(error):
+        if failure is not None:
             raise failure from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         if self.config.graphs != "auto":
             raise DeviceError(
                 f"frontend.engine.graphs: the networks could not be captured ({reason}); set it to auto or off"
@@ -217,8 +217,3 @@ def _run_once(extractor: Extractor, matcher: Matcher, images: Sequence[Image]) -
     matcher.match(*features)
     for each in features:
         each.valid_keypoints()
-
-
-def _is_capture_failure(error: BaseException) -> bool:
-    """Whether CUDA refused something in the middle of a capture, which leaves the device sound."""
-    return "captur" in str(error).lower()

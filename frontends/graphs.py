@@ -213,7 +213,12 @@ _DEVICE_FAULTS = ("CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STAT
 
 
 def device_error(error: BaseException) -> DeviceError | None:
-    """The error of one line for what PyTorch raises where the device fails; None for any other."""
+    """The error of one line for what PyTorch raises where the device fails; None for any other.
+
+    What CUDA refuses in the middle of a capture is none: the device is sound, the function cannot be a graph.
+    """
+    if "captur" in str(error).lower():
+        return None
     if isinstance(error, torch.OutOfMemoryError):
         remedy = "lower max_keypoints or max_side, free the GPU, or use --device cpu"
         return DeviceError(f"cuda: out of memory ({_first_line(error)}); {remedy}")
