@@ -85,7 +85,17 @@ LAYERS = (
         "vo.export_images",
         "vo.export_command",
     },
-    {"vo.bench_statistics", "vo.bench_machine", "vo.bench_peers", "vo.bench_report", "vo.bench_compare", "vo.bench"},
+    {
+        "vo.bench_statistics",
+        "vo.bench_machine",
+        "vo.bench_peers",
+        "vo.bench_stream",
+        "vo.bench_report",
+        "vo.bench_compare",
+        "vo.bench",
+        "vo.option_types",
+        "vo.bench_options",
+    },
     {
         "vo.calibrate_command",
         "vo.run_command",

@@ -22,14 +22,16 @@ from vo.bench_machine import CpuWatch, Machine, portable_source, read_machine
 from vo.bench_peers import NotComparable, create_peer
 from vo.bench_report import BenchResult, Comparison, OdometryTiming, StageTiming, bench_json, bench_lines
 from vo.bench_statistics import time_call, timing
+from vo.bench_stream import MODES, StreamTiming, measure_stream
 from vo.config import Config, FrontendConfig
 from vo.config_loader import load_config
-from vo.frontend import Frontend, create_frontend, device_name, select_device
+from vo.device_faults import device_faults
+from vo.frontend import Frontend, create_frontend, device_name, select_device, warmed_up
 from vo.odometry import Odometry
 from vo.progress import Advance, progress
 from vo.sources import open_source
 from vo.summary import library_versions
-from vo.types import Camera, Frame, SourceError
+from vo.types import Camera, ConfigError, Frame, SourceError
 
 MIN_FRAMES = 3
 
@@ -44,6 +46,8 @@ class BenchRequest:
     num_frames    consecutive frames that the calls go through, at least 3.
     num_threads   of PyTorch and OpenCV; None: their own choice.
     model_files   for the peer "opencv": ALIKED and LightGlue as ONNX.
+    stream_modes  whole runs to a published pose as well, of `num_stream_frames` each: "lossless", "latest".
+    stream_hz     pace of the camera in "latest"; None: that of the frames.
     """
 
     source: str | None = None
@@ -58,6 +62,9 @@ class BenchRequest:
     model_files: tuple[str, ...] = ()
     camera_file: Path | None = None
     fov_deg: float | None = None
+    stream_modes: tuple[str, ...] = ()
+    num_stream_frames: int = 1000
+    stream_hz: float | None = None
 
 
 @runtime_checkable
@@ -88,6 +95,8 @@ def run_bench(request: BenchRequest, advance: Advance) -> BenchResult:
     if request.device is not None:
         overrides.append(f"frontend.device={request.device}")
     config = load_config(request.config, overrides)
+    if unknown := [mode for mode in request.stream_modes if mode not in MODES]:
+        raise ConfigError(f"--stream: {unknown[0]!r} is none of {', '.join(MODES)}")
     device = select_device(config.frontend.device)
     if request.num_threads is not None:
         torch.set_num_threads(request.num_threads)
@@ -95,10 +104,14 @@ def run_bench(request: BenchRequest, advance: Advance) -> BenchResult:
     frames, camera, source_name = read_frames(request)
     machine, watch = _machine(device), CpuWatch()
     start_s = time.perf_counter()
-    frontend = create_frontend(config.frontend, device)
-    load_s = time.perf_counter() - start_s
+    with device_faults():
+        frontend = create_frontend(config.frontend, device)
+        load_s = time.perf_counter() - start_s
+        frontend = warmed_up(frontend, device, camera)
+    warm_up_s = time.perf_counter() - start_s - load_s
     conditions = Conditions(frames, camera, config.two_view, device, request.num_repeats)
     odometry = measure(conditions, config, frontend, advance)
+    streams = measure_streams(request, conditions, config, frontend, advance)
     comparisons, not_compared = compare_all(request, conditions, config.frontend, frontend, advance)
     return BenchResult(
         date=datetime.now(UTC).date().isoformat(),
@@ -119,12 +132,38 @@ def run_bench(request: BenchRequest, advance: Advance) -> BenchResult:
         max_keypoints=config.frontend.extractor.max_keypoints,
         weights=frontend.weights,
         load_s=load_s,
+        warm_up_s=warm_up_s,
+        engine=() if frontend.engine is None else frontend.engine.choices,
+        fallbacks=frontend.fallbacks,
         odometry=odometry,
         peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         others_share=watch.others_share(),
         comparisons=comparisons,
         not_compared=not_compared,
+        streams=streams,
     )
+
+
+def measure_streams(
+    request: BenchRequest, conditions: Conditions, config: Config, frontend: Frontend, advance: Advance
+) -> tuple[StreamTiming, ...]:
+    """A whole run of every mode that was asked for."""
+    found = []
+    for mode in request.stream_modes:
+        advance(f"{request.num_stream_frames} frames, {mode}")
+        found.append(
+            measure_stream(
+                conditions.frames,
+                conditions.camera,
+                config,
+                frontend,
+                conditions.device,
+                mode=mode,
+                num_frames=request.num_stream_frames,
+                hz=request.stream_hz,
+            )
+        )
+    return tuple(found)
 
 
 def compare_all(
@@ -174,6 +213,9 @@ def command_line(request: BenchRequest, source_name: str) -> str:
     words += ["--against", ",".join(request.against)] if request.against else []
     words += ["--repeats", str(request.num_repeats), "--frames", str(request.num_frames)]
     words += ["--threads", str(request.num_threads)] if request.num_threads is not None else []
+    if request.stream_modes:
+        words += ["--stream", ",".join(request.stream_modes), "--stream-frames", str(request.num_stream_frames)]
+        words += ["--stream-hz", f"{request.stream_hz:g}"] if request.stream_hz is not None else []
     return shlex.join(words)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vo.bench_machine import Machine
 from vo.bench_statistics import Ratio, Timing
+from vo.bench_stream import StreamTiming
 from vo.summary import UsedWeights
 
 SCHEMA = "lightvo-bench/1"
@@ -73,10 +74,12 @@ class BenchResult:
     command        that repeats it, apart from where this machine keeps the frames.
     preset, settings   what of the configuration is not the default.
     extractor_precision, matcher_precision   what was picked on this machine.
-    load_s         from the configuration to networks with weights.
+    load_s         from the configuration to networks with weights; `warm_up_s` from there to ready ones.
+    engine         what the warm-up on a GPU measured and chose; `fallbacks` what took the place of what.
     peak_gpu_bytes allocated on the GPU at most.
     others_share   of the processors' time while it was measured that other work took; None where it is unknown.
     not_compared   why a peer or a stage of it is missing, one sentence each.
+    streams        whole runs to a published pose.
     """
 
     date: str
@@ -102,12 +105,18 @@ class BenchResult:
     others_share: float | None = None
     comparisons: tuple[Comparison, ...] = ()
     not_compared: tuple[str, ...] = ()
+    warm_up_s: float = 0.0
+    engine: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    streams: tuple[StreamTiming, ...] = ()
 
 
 def bench_json(result: BenchResult) -> str:
     """The result as JSON: the fields by their names, `stages` and `versions` as mappings. Raises ValueError on NaN."""
     tree: dict[str, Any] = {"schema": SCHEMA, **asdict(result)}
     tree["odometry"]["stages"] = {stage.name: asdict(stage.timing) for stage in result.odometry.stages}
+    for stream, timings in zip(tree["streams"], result.streams, strict=True):
+        stream["stages"] = {name: asdict(stage) for name, stage in timings.stages}
     tree["versions"] = dict(result.versions)
     return json.dumps(tree, indent=2, allow_nan=False) + "\n"
 
@@ -122,7 +131,9 @@ def bench_lines(result: BenchResult) -> list[str]:
         *([f"disturbed  other work took {100 * r.others_share:.0f} % of the processors"] if r.others_share else []),
         f"frontend   {r.extractor} ({r.max_keypoints} keypoints; {r.extractor_precision}) + "
         f"{r.matcher} ({r.matcher_precision})",
-        f"start      networks {r.load_s:.1f} s, first frame {o.first_frame_ms:.0f} ms",
+        f"start      networks {r.load_s:.1f} s, warm-up {r.warm_up_s:.1f} s, first frame {o.first_frame_ms:.0f} ms",
+        *(f"engine     {choice}" for choice in r.engine),
+        *(f"fallback   {fallback}" for fallback in r.fallbacks),
         f"means      {o.mean_keypoints:.0f} keypoints, {o.mean_matches:.0f} matches{layers}; "
         f"{o.fps:.1f} frames/s one stage after the other",
         *([f"memory     {r.peak_gpu_bytes / 2**20:.0f} MiB on the GPU"] if r.peak_gpu_bytes is not None else []),
@@ -131,8 +142,30 @@ def bench_lines(result: BenchResult) -> list[str]:
             ("stage, ms", "median", "min", "p95", "p99", "max", "calls"),
             [(stage.name, *_timing(stage.timing), str(stage.timing.num_calls)) for stage in o.stages],
         ),
+        *(line for stream in r.streams for line in _stream_lines(stream)),
         *_comparison_lines(r.comparisons),
         *(["", *(f"not compared: {reason}" for reason in r.not_compared)] if r.not_compared else []),
+    ]
+
+
+def _stream_lines(stream: StreamTiming) -> list[str]:
+    """A whole run in a few lines."""
+    s = stream
+    pace = "" if s.hz is None else f" at {s.hz:.1f} Hz"
+    growth = f"{s.host_growth_bytes / 2**20:+.0f} MiB of the process"
+    if s.gpu_growth_bytes is not None:
+        growth += f", {s.gpu_growth_bytes / 2**20:+.0f} MiB on the GPU, {s.num_syncs} synchronisations"
+    return [
+        "",
+        f"{s.mode}{pace}: {s.num_frames} frames, {s.num_dropped} dropped, {s.num_poses} poses, lost "
+        f"{s.lost_episodes}x, {s.fps:.1f} frames/s; after a fifth of them {growth}",
+        *_aligned(
+            ("to the published pose, ms", "median", "min", "p95", "p99", "max", "frames"),
+            [
+                ("latency", *_timing(s.latency), str(s.latency.num_calls)),
+                *((name, *_timing(stage), str(stage.num_calls)) for name, stage in s.stages),
+            ],
+        ),
     ]
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from vo import __version__
+from vo.bench_options import add_bench
+from vo.option_types import amount, positive, rate, size, words
 
 if TYPE_CHECKING:
     from frontends.weights import WeightsStatus
@@ -88,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_eval(commands)
     _add_batch(commands)
-    _add_bench(commands)
+    add_bench(commands, _SOURCES)
     _add_bench_matching(commands)
     _add_weights(commands)
     _add_calibrate(commands)
@@ -114,7 +116,7 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--view", action="store_true", help="show it in a window (also later, elsewhere: vo view)")
     parser.add_argument("--save-tracks", action="store_true", help="write the tracks of every frame to DIR/tracks")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
-    parser.add_argument("--max-frames", metavar="N", type=_positive, help="stop after so many frames")
+    parser.add_argument("--max-frames", metavar="N", type=positive, help="stop after so many frames")
     parser.add_argument("--realtime", action="store_true", help="replay a file at its own pace, dropping late frames")
     parser.add_argument("--camera", metavar="FILE", type=Path, help="camera.yaml with the intrinsics")
     parser.add_argument("--fov-deg", metavar="DEG", type=float, help="guess the intrinsics from the horizontal view")
@@ -135,8 +137,8 @@ def _add_view(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--headless", action="store_true", help="draw into files, without a display, until the end")
     parser.add_argument("--screenshot", metavar="F.png", type=Path, help="picture of the end")
     parser.add_argument("--video", metavar="F.mp4", type=Path, help="with --headless: video of the run")
-    parser.add_argument("--video-fps", metavar="HZ", type=_rate, default=15.0, help="default: %(default)s")
-    parser.add_argument("--size", metavar="WxH", type=_size, default=(1280, 720), help="px (default: 1280x720)")
+    parser.add_argument("--video-fps", metavar="HZ", type=rate, default=15.0, help="default: %(default)s")
+    parser.add_argument("--size", metavar="WxH", type=size, default=(1280, 720), help="px (default: 1280x720)")
     parser.add_argument("--after-s", metavar="S", type=float, help="end after so long")
     parser.add_argument("--until-finished", action="store_true", help="close the window with the run")
     _add_client_keys(parser)
@@ -156,7 +158,7 @@ def _add_listen(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="pose (default), tracks, keyframe, points, image, status or camera; repeatable",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
-    parser.add_argument("--max-messages", metavar="N", type=_positive, help="end after so many")
+    parser.add_argument("--max-messages", metavar="N", type=positive, help="end after so many")
     parser.add_argument("--timeout-s", metavar="S", type=float, help="end after so long without a message")
     parser.add_argument("--until-finished", action="store_true", help="end with the run")
     _add_client_keys(parser)
@@ -217,7 +219,7 @@ def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--source", metavar="SOURCE", help="take the images from there, not from the recording")
     parser.add_argument("--camera", metavar="FILE", type=Path, help="camera.yaml of a directory that has none")
     parser.add_argument("--frames", choices=("keyframes", "all"), default="keyframes", help="of a recording")
-    parser.add_argument("--every", metavar="N", type=_positive, default=1, help="only every Nth of them")
+    parser.add_argument("--every", metavar="N", type=positive, default=1, help="only every Nth of them")
     parser.add_argument("--undistort", action="store_true", help="take the distortion out: a pinhole camera")
     parser.add_argument("--max-error-px", metavar="E", type=float, default=4.0, help="of an observation (default: 4)")
     parser.set_defaults(command=_export)
@@ -241,7 +243,7 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--max-time-difference-s",
         metavar="S",
-        type=_amount,
+        type=amount,
         default=0.01,
         help="of poses that pair up (default: 0.01)",
     )
@@ -259,38 +261,16 @@ def _add_batch(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("manifest", metavar="MANIFEST", help="YAML file, or kitti, tum, euroc, heads")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="results and table.md, .csv, .html")
     parser.add_argument("--data", metavar="DIR", help="what {data} stands for in it (default: LIGHTVO_DATA)")
-    parser.add_argument("--jobs", metavar="N", type=_positive, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--jobs", metavar="N", type=positive, default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
-    parser.add_argument("--max-frames", metavar="N", type=_positive, help="stop every run after so many")
+    parser.add_argument("--max-frames", metavar="N", type=positive, help="stop every run after so many")
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, local"
     )
-    parser.add_argument("--ray-cpus", metavar="N", type=_amount, default=1.0, help="processors for each run there")
-    parser.add_argument("--ray-gpus", metavar="N", type=_amount, default=0.0, help="GPUs, or shares of one, for each")
+    parser.add_argument("--ray-cpus", metavar="N", type=amount, default=1.0, help="processors for each run there")
+    parser.add_argument("--ray-gpus", metavar="N", type=amount, default=0.0, help="GPUs, or shares of one, for each")
     parser.add_argument("--quiet", action="store_true", help="no progress and no table, errors only")
     parser.set_defaults(command=_batch)
-
-
-def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="time every stage on real frames, also against other implementations",
-        epilog=_SOURCES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="SOURCE", nargs="?", help="where the frames come from (default: demo)")
-    parser.add_argument("--config", metavar="F", help="preset (kitti, tum, fast-cpu, ...) or YAML file")
-    parser.add_argument("--set", metavar="A.B=V", action="append", default=[], help="change one key of it; repeatable")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
-    parser.add_argument("--against", metavar="PEERS", default="", help="kornia, orb, opencv; several with commas")
-    parser.add_argument("--repeats", metavar="N", type=_positive, default=30, help="timed calls (default: %(default)s)")
-    parser.add_argument("--frames", metavar="N", type=_positive, default=20, help="frames used (default: %(default)s)")
-    parser.add_argument("--threads", metavar="N", type=_positive, help="threads of every method (default: their own)")
-    parser.add_argument("--opencv-models", metavar="A[,L]", default="", help="ALIKED and LightGlue as ONNX, for opencv")
-    parser.add_argument("--camera", metavar="FILE", type=Path, help="camera.yaml with the intrinsics")
-    parser.add_argument("--fov-deg", metavar="DEG", type=float, help="guess the intrinsics from the horizontal view")
-    parser.add_argument("--json", action="store_true", help="the figures as JSON")
-    parser.set_defaults(command=_bench)
 
 
 def _add_bench_matching(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -306,10 +286,10 @@ def _add_bench_matching(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--config", metavar="F", help="preset (xfeat, orb, ...) or YAML file")
     parser.add_argument("--set", metavar="A.B=V", action="append", default=[], help="change one key of it; repeatable")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: auto)")
-    parser.add_argument("--max-pairs", metavar="N", type=_positive, help="stop after so many")
+    parser.add_argument("--max-pairs", metavar="N", type=positive, help="stop after so many")
     parser.add_argument("--skip-large", action="store_true", help="without the 8 scenes of HPatches that D2-Net skips")
     parser.add_argument(
-        "--epipolar-threshold", metavar="D", type=_amount, default=5e-4, help="of precision (default: 5e-4, ScanNet's)"
+        "--epipolar-threshold", metavar="D", type=amount, default=5e-4, help="of precision (default: 5e-4, ScanNet's)"
     )
     parser.add_argument("--output", metavar="F.json", type=Path, help="write all figures there")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
@@ -363,7 +343,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--paper", choices=("a4", "letter", "a3", "a2"), default="a4", help="of the board (default: a4)"
     )
     parser.add_argument(
-        "--views", metavar="N", type=_positive, default=30, help="of a live camera (default: %(default)s)"
+        "--views", metavar="N", type=positive, default=30, help="of a live camera (default: %(default)s)"
     )
     parser.add_argument("--save-images", metavar="DIR", type=Path, help="keep the images of live views")
     parser.add_argument("--picture", metavar="F.png", type=Path, help="draw corners, residuals and uncertainty")
@@ -432,7 +412,7 @@ def _view(options: argparse.Namespace) -> int:
             until_finished=options.until_finished,
             truth=options.truth,
             eye=Eye.OVERVIEW if options.overview else Eye.FOLLOW,
-            hidden=_words(options.hide),
+            hidden=words(options.hide),
             keys=load_client_keys(options.key, options.server_key),
             width=options.size[0],
             height=options.size[1],
@@ -538,29 +518,6 @@ def _batch(options: argparse.Namespace) -> int:
             ray_cpus=options.ray_cpus,
             ray_gpus=options.ray_gpus,
             is_quiet=options.quiet,
-        )
-    )
-
-
-def _bench(options: argparse.Namespace) -> int:
-    # As for a run; OpenMP is left as PyTorch has it, because that is how other implementations are used.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from vo.bench import BenchRequest, bench_command
-
-    return bench_command(
-        BenchRequest(
-            source=options.source,
-            config=options.config,
-            overrides=tuple(options.set),
-            device=options.device,
-            against=_words(options.against),
-            num_repeats=options.repeats,
-            num_frames=options.frames,
-            num_threads=options.threads,
-            is_json=options.json,
-            model_files=_words(options.opencv_models),
-            camera_file=options.camera,
-            fov_deg=options.fov_deg,
         )
     )
 
@@ -686,35 +643,3 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([{**asdict(check), "state": check.state.value} for check in checks], indent=2))
     return 0 if all(check.state is State.WORKS or not check.is_required for check in checks) else USER_ERROR
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
-    return value
-
-
-def _amount(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected zero or more, got {text}")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0.1 <= value <= 240:
-        raise argparse.ArgumentTypeError(f"expected 0.1 to 240, got {value}")
-    return value
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, separator, height = text.partition("x")
-    if not (separator and width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT, got {text}")
-    return int(width), int(height)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
