@@ -122,8 +122,8 @@ class FailingEngine(Engine):
         self.choices, self.fallbacks = ("a choice",), ("no graphs",)
         self._error = error
 
-    def warm_up(self, width: int, height: int, *args: object, **kwargs: object) -> None:
-        assert (width, height) == (64, 48)
+    def warm_up(self, width: int, height: int, channels: int = 3, images: object = ()) -> None:
+        assert (width, height, channels, images) == (64, 48, 3, ())
         if self._error is not None:
             raise self._error
 

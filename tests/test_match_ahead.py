@@ -82,16 +82,15 @@ def test_any_other_pair_is_made_on_demand() -> None:
 
 def test_what_is_expected_is_matched_too_and_only_once() -> None:
     matcher, keyframe = Matcher(), features(100)
-    ahead = MatchAhead(matcher, Counts(), expected=lambda: keyframe)
     frame0, frame1 = features(0), features(1)
+    # The newest keyframes may be the frame itself and the one before, which it has been matched to.
+    ahead = MatchAhead(matcher, Counts(), expected=lambda: [frame1, frame0, keyframe])
     ahead.prepare(frame0)
     ahead.prepare(frame1)
     ahead.prepare_expected(frame1)
     assert named(ahead.match(frame0, frame1)) == (0, 1)
     assert named(ahead.match(keyframe, frame1)) == (100, 1)
     assert matcher.pairs == [(0, 1), (100, 1)]
-    ahead.prepare_expected(keyframe)
-    assert len(matcher.pairs) == 2, "nothing is matched with itself"
 
 
 def test_a_pair_under_way_is_waited_for() -> None:
@@ -153,7 +152,7 @@ def test_two_threads_get_what_one_would(num_frames: int, seed: int, expects: boo
     randomness = random.Random(seed)
     frames = [features(i) for i in range(num_frames)]
     matcher = Matcher()
-    ahead = MatchAhead(matcher, Counts(), (lambda: frames[0]) if expects else None)
+    ahead = MatchAhead(matcher, Counts(), (lambda: frames[:1]) if expects else None)
     ready = threading.Semaphore(0)
 
     def prepare() -> None:

@@ -84,16 +84,18 @@ def point_frontend() -> Frontend:
     )
 
 
-def steps(threaded: bool) -> list[OdometryStep]:
+def steps(threaded: bool, device_name: str = "cpu") -> list[OdometryStep]:
     collected: list[FrameResult] = []
-    run(Config(), PointSource(), point_frontend(), [collected.append], threaded=threaded)
+    frontend = replace(point_frontend(), device_name=device_name)
+    run(Config(), PointSource(), frontend, [collected.append], threaded=threaded)
     assert [result.captured.frame.index for result in collected] == list(range(NUM_FRAMES))
     return [result.step for result in collected]
 
 
-def test_threads_and_loop_give_the_same_trajectory() -> None:
-    """To the last bit, tracks included."""
-    in_threads, in_loop = steps(True), steps(False)
+@pytest.mark.parametrize("device_name", ["cpu", "some GPU"])
+def test_threads_and_loop_give_the_same_trajectory(device_name: str) -> None:
+    """To the last bit, tracks included; also where matching to keyframes is begun on suspicion, as on a GPU."""
+    in_threads, in_loop = steps(True, device_name), steps(False)
     for one, other in zip(in_threads, in_loop, strict=True):
         assert one.pose.status is other.pose.status
         assert np.array_equal(one.pose.T_world_camera, other.pose.T_world_camera)

@@ -107,7 +107,7 @@ def run_bench(request: BenchRequest, advance: Advance) -> BenchResult:
     with device_faults():
         frontend = create_frontend(config.frontend, device)
         load_s = time.perf_counter() - start_s
-        frontend = warmed_up(frontend, device, camera)
+        frontend = warmed_up(frontend, device, camera, [frame.image for frame in frames])
     warm_up_s = time.perf_counter() - start_s - load_s
     conditions = Conditions(frames, camera, config.two_view, device, request.num_repeats)
     odometry = measure(conditions, config, frontend, advance)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from frontends.base import DeviceError, Extractor, Matcher
 from frontends.engine import Engine, create_engine
@@ -94,10 +95,18 @@ def on_device(
     return config, replace(frontend, fallbacks=(*frontend.fallbacks, f"the CPU takes the place of the GPU: {reason}"))
 
 
-def warmed_up(frontend: Frontend, device: torch.device, camera: Camera) -> Frontend:
-    """The same once everything that a first frame would have to wait for has been prepared. Raises DeviceError."""
+def warmed_up(
+    frontend: Frontend, device: torch.device, camera: Camera, images: Sequence[NDArray[np.uint8]] = ()
+) -> Frontend:
+    """The same once everything that a first frame would have to wait for has been prepared. Raises DeviceError.
+
+    images  consecutive ones of the camera, where there are some: what is chosen by measurement is measured on them.
+    """
+    is_static = False
     if frontend.engine is not None:
-        frontend.engine.warm_up(camera.width, camera.height)
+        channels = 1 if images and images[0].ndim == 2 else 3
+        frontend.engine.warm_up(camera.width, camera.height, channels, images)
+        is_static = frontend.engine.is_static
         # What could not be captured may have been replaced.
         frontend = replace(
             frontend,
@@ -105,7 +114,7 @@ def warmed_up(frontend: Frontend, device: torch.device, camera: Camera) -> Front
             matcher=frontend.engine.matcher,
             fallbacks=(*frontend.fallbacks, *frontend.engine.fallbacks),
         )
-    if device.type != "cpu":
+    if device.type != "cpu" and not is_static:
         features = frontend.extractor.extract(np.zeros((camera.height, camera.width, 3), np.uint8))
         frontend.matcher.match(features, features)
     return frontend

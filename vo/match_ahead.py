@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from frontends.base import Features, Matches
@@ -37,12 +37,12 @@ class MatchAhead:
     match     the matcher; called by one thread at a time, because matchers keep what they know of previous frames.
     count     is told, for every pair that is asked for, how long matching took and how long the asking thread waited,
               both in ns.
-    expected  the features that the next frame will be matched to besides those of the previous one, or None; a guess
-              that may be wrong costs time and nothing else.
+    expected  gives features that a frame may be matched to besides those of the previous one, most likely first. A
+              guess that is wrong costs time and nothing else.
     """
 
     def __init__(
-        self, match: MatchFunction, count: CountFunction, expected: Callable[[], Features | None] | None = None
+        self, match: MatchFunction, count: CountFunction, expected: Callable[[], Sequence[Features]] | None = None
     ) -> None:
         self._match = match
         self._count = count
@@ -50,18 +50,20 @@ class MatchAhead:
         # `_turn` is held while the matcher works, `_shelf` only to look at what it has made.
         self._turn, self._shelf = threading.Lock(), threading.Lock()
         self._previous: Features | None = None
+        self._before: Features | None = None
         self._made: deque[_Made] = deque(maxlen=_MAX_KEPT)
 
     def prepare(self, features: Features) -> None:
         """Matches the frame before to this one, the next of the sequence."""
-        previous, self._previous = self._previous, features
-        if previous is not None:
-            self._make(previous, features)
+        self._before, self._previous = self._previous, features
+        if self._before is not None:
+            self._make(self._before, features)
 
     def prepare_expected(self, features: Features) -> None:
         """Matches this frame also to what else is expected; to be called while the odometry has begun with it."""
-        other = self._expected() if self._expected is not None else None
-        if other is not None and other is not features:
+        others = self._expected() if self._expected is not None else ()
+        other = next((other for other in others if other is not features and other is not self._before), None)
+        if other is not None:
             self._make(other, features)
 
     def match(self, features0: Features, features1: Features) -> Matches:

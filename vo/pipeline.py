@@ -59,7 +59,14 @@ def run(
     meter, stop = meter or RunMeter(), stop or threading.Event()
     is_threaded = config.pipeline.threaded if threaded is None else threaded
     is_lossy = drops_oldest(config, source, is_paced)
-    ahead = MatchAhead(frontend.matcher.match, meter.count_match)
+    # A frame is matched to a keyframe as well. On a GPU that can begin while its pose does; on the CPU, whose cores the
+    # stages share, it would only slow the others down.
+    is_expecting = frontend.device_name != "cpu" and config.odometry.reconnect_keyframes > 0
+    ahead = MatchAhead(
+        frontend.matcher.match,
+        meter.count_match,
+        (lambda: [view.features for view in odometry.keyframes[::-1]]) if is_expecting else None,
+    )
     scale = ScaleSource(
         config.odometry.scale, rig=source.stereo, external=external, true_position=_true_position(config, source)
     )
