@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -333,14 +332,3 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(
     assert asked[3:] == ["wire"]
     assert run_benchmarks.main(["--only", "wire", "--case", "viewer"]) == 0 and asked[4:] == ["viewer"]
     assert run_benchmarks.main(["--only", "air"]) == 2
-
-
-def test_commands_for_the_gpu_are_commands() -> None:
-    for _, _, commands, _ in write_benchmarks.GPU_FIGURES:
-        for command in commands.split(" && "):
-            words = shlex.split(command.partition(" > ")[0])
-            if words[0] == "vo":
-                build_parser().parse_args(words[1:])
-            else:
-                assert words[:2] == ["python", "tools/matching_quality.py"]
-                matching_quality.build_parser().parse_args(words[2:])

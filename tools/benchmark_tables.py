@@ -131,6 +131,49 @@ def stage_lines(results: Sequence[Tree]) -> list[str]:
     return table(header, rows, num_left=2) if rows else ["Not measured yet."]
 
 
+def stream_lines(results: Sequence[Tree]) -> list[str]:
+    """One row per whole run through the threads to a published pose; nothing where there was none."""
+    header = (
+        "source",
+        "frontend",
+        "run",
+        "frames (dropped)",
+        "frames/s",
+        "capture to published pose, ms: p50 / p95 / p99 / max",
+        "growth after a fifth, MiB: process, GPU",
+        "synchronisations",
+    )
+    rows = [
+        (
+            _case(result),
+            f"{result['extractor']} + {result['matcher']}",
+            run["mode"] if run["hz"] is None else f"{run['mode']} at {run['hz']:.0f} Hz",
+            f"{run['num_frames']} ({run['num_dropped']})",
+            f"{run['fps']:.1f}",
+            " / ".join(f"{run['latency'][key]:.1f}" for key in ("median_ms", "p95_ms", "p99_ms", "max_ms")),
+            f"{run['host_growth_bytes'] / 2**20:.0f}, {_mebibytes(run['gpu_growth_bytes'])}",
+            "-" if run["num_syncs"] is None else str(run["num_syncs"]),
+        )
+        for result in results
+        for run in result.get("streams", ())
+    ]
+    return table(header, rows, num_left=3) if rows else []
+
+
+def _mebibytes(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**20:.0f}"
+
+
+def trajectory_line(result: Tree) -> str:
+    """How far a path on the GPU is from that on the CPU."""
+    poses = " and ".join(str(count) for count in result["num_poses"])
+    return (
+        f"{result['source']} on the GPU against the CPU in float32: {poses} poses; RMSE {result['rmse']:.3g} of a "
+        f"path of {result['path_length']:.3g} ({result['rmse_aligned']:.3g} aligned), rotation "
+        f"{result['rotation_deg_per_frame']:.3g} deg per frame."
+    )
+
+
 def memory_lines(results: Sequence[Tree]) -> list[str]:
     """One row per run: its largest resident set."""
     rows = [

@@ -22,7 +22,9 @@ from benchmark_tables import (
     memory_lines,
     run_lines,
     stage_lines,
+    stream_lines,
     table,
+    trajectory_line,
 )
 from peer_tables import peer_lines
 from proof_tables import batch_lines, fault_lines, guard_lines, known_pair_lines
@@ -43,6 +45,7 @@ SCHEMAS = {
     "lightvo-guard/1": "guard",
     "lightvo-guard-check/1": "guard-check",
     "lightvo-mutation/1": "faults",
+    "lightvo-gpu-trajectory/1": "gpu-trajectory",
     "lightvo-wire/1": "wire",
     "lightvo-stuck/1": "stuck",
     "lightvo-viewer/1": "viewer",
@@ -50,69 +53,43 @@ SCHEMAS = {
 
 PROOFS = ("wire", "stuck", "viewer", "peers", "batch", "pairs", "guard", "guard-check", "faults")
 
-# What only a GPU can show: the figure, its bound on one H200, the command that measures it, and where it stands there.
+# What only a GPU can show: the figure, its bound on one H200, the file that holds it and where it stands there. One
+# command measures all of them.
+GPU_COMMAND = "python tools/measure_gpu.py"
 GPU_FIGURES = (
     (
         "capture to pose, p50 and p99, 640x480, ALIKED-T16 + LightGlue",
-        "4 ms and 7 ms",
-        "vo run demo --device cuda --realtime --set pipeline.policy=latest --output out/gpu-live",
-        "`latency_ms` in summary.json",
+        "4 ms, 7 ms",
+        "gpu-aliked.json",
+        "`latest`, latency",
     ),
-    (
-        "the same with XFeat",
-        "3 ms and 5 ms",
-        "vo run demo --config xfeat --device cuda --realtime --set pipeline.policy=latest --output out/gpu-live-xfeat",
-        "`latency_ms` in summary.json",
-    ),
-    (
-        "throughput, no frame dropped, ALIKED-T16 + LightGlue",
-        "400 frames/s",
-        "vo run demo --device cuda --set pipeline.policy=lossless --output out/gpu-lossless",
-        "`fps` in summary.json",
-    ),
-    (
-        "the same with XFeat",
-        "600 frames/s",
-        "vo run demo --config xfeat --device cuda --set pipeline.policy=lossless --output out/gpu-lossless-xfeat",
-        "`fps` in summary.json",
-    ),
+    ("the same with XFeat", "3 ms, 5 ms", "gpu-xfeat.json", "`latest`, latency"),
+    ("throughput, no frame dropped, ALIKED-T16 + LightGlue", "400 frames/s", "gpu-aliked.json", "`lossless`, `fps`"),
+    ("the same with XFeat", "600 frames/s", "gpu-xfeat.json", "`lossless`, `fps`"),
     (
         "extraction, matching and both with the same robust estimation, against kornia on the same GPU",
         "8x",
-        "vo bench demo --device cuda --against kornia --repeats 200 --frames 60 --json > benchmarks/gpu-aliked.json",
+        "gpu-aliked.json",
         "`ratio` of every stage",
     ),
+    ("the same with XFeat", "8x", "gpu-xfeat.json", "`ratio` of every stage"),
     (
-        "the same with XFeat",
-        "8x",
-        "vo bench demo --config xfeat --device cuda --against kornia --repeats 200 --frames 60 --json "
-        "> benchmarks/gpu-xfeat.json",
-        "`ratio` of every stage",
-    ),
-    (
-        "time of every stage on the GPU (p50, p95, p99, max), start-up, GPU memory",
+        "every stage (p50, p95, p99, max), start-up, GPU memory, what the engine chose",
         "",
-        "vo bench demo --device cuda --repeats 1000 --frames 200",
-        "table of stages, `start`, `memory`",
+        "gpu-aliked.json",
+        "`odometry`, `warm_up_s`, `peak_gpu_bytes`, `engine`",
     ),
     (
-        "memory over 10,000 frames: flat after the start",
-        "as after 1000 frames",
-        "vo bench demo --device cuda --repeats 10000 --frames 200",
-        "`memory`, against that of the line above",
+        "10,000 frames: memory flat, no synchronisation added",
+        "no growth after the first fifth",
+        "gpu-long.json",
+        "`gpu_growth_bytes`, `num_syncs`",
     ),
     (
         "the trajectory of the GPU against that of the CPU in float32",
         "within the accuracy gate",
-        "vo run demo --device cpu --output out/cpu && vo run demo --device cuda --output out/gpu && "
-        "vo eval out/gpu/trajectory_tum.txt --truth out/cpu/trajectory_tum.txt --align none",
-        "`ATE`",
-    ),
-    (
-        "accuracy of the lower precisions: matches and poses against float32 on the CPU",
-        "99 % of the matches",
-        "python tools/matching_quality.py --source kitti:DIR --device cuda --json benchmarks/matching-gpu.json",
-        "beside the table above",
+        "gpu-trajectory.json",
+        "`rmse`",
     ),
 )
 
@@ -214,6 +191,7 @@ def render(results: dict[str, list[Tree]]) -> str:
         "",
         *stage_lines(on_cpu),
         "",
+        *_streams(on_cpu),
         "### Memory",
         "",
         "Largest resident set of the whole process (`tools/peak_memory.py`).",
@@ -241,7 +219,7 @@ def render(results: dict[str, list[Tree]]) -> str:
         "",
         *wire_lines(results["wire"], results["stuck"], results["viewer"]),
         *_proofs(results),
-        *_gpu(on_gpu),
+        *_gpu(on_gpu, results["gpu-trajectory"]),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -307,36 +285,33 @@ def _reasons(results: Sequence[Tree]) -> list[str]:
     return [*(f"- Not compared: {reason}" for reason in reasons), ""] if reasons else []
 
 
+def _streams(results: Sequence[Tree]) -> list[str]:
+    lines = stream_lines(results)
+    return ["### Whole runs to a published pose", "", *lines, ""] if lines else []
+
+
 def _commands(results: Sequence[Tree]) -> list[str]:
     return [f"- `{result['file']}`: `{result['command']}`" for result in results]
 
 
-def _gpu(results: Sequence[Tree]) -> list[str]:
-    if results:
-        return [
-            "## GPU",
-            "",
-            *machine_lines(results),
-            "",
-            *comparison_lines(results),
-            "",
-            *stage_lines(results),
-            "",
-            *_commands(results),
-            "",
-            "### Not yet measured",
-            "",
-            *_gpu_table(),
-        ]
-    return ["## GPU: not yet measured", "", *_gpu_table()]
+def _gpu(results: Sequence[Tree], trajectories: Sequence[Tree]) -> list[str]:
+    files = {result["file"] for result in (*results, *trajectories)}
+    missing = [figure for figure in GPU_FIGURES if figure[2] not in files]
+    if not files:
+        return ["## GPU: not yet measured", "", *_gpu_table(missing)]
+    lines = ["## GPU", "", *machine_lines([*results, *trajectories]), ""]
+    lines += [*comparison_lines(results), "", *_reasons(results), *stage_lines(results), "", *stream_lines(results), ""]
+    lines += [*(line for result in trajectories for line in (trajectory_line(result), ""))]
+    lines += [*_commands([*results, *trajectories]), ""]
+    return [*lines, "### Not yet measured", "", *_gpu_table(missing)] if missing else lines
 
 
-def _gpu_table() -> list[str]:
-    rows = [(what, bound, f"`{command}`", where) for what, bound, command, where in GPU_FIGURES]
+def _gpu_table(missing: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    rows = [(what, bound, f"`{file}`: {where}") for what, bound, file, where in missing]
     return [
-        "Bounds are for one NVIDIA H200.",
+        f"One command on a machine with an NVIDIA GPU measures all of it: `{GPU_COMMAND}`. Bounds are for one H200.",
         "",
-        *table(("figure", "bound", "command", "where it stands"), rows, num_left=4),
+        *table(("figure", "bound", "where it stands then"), rows, num_left=3),
     ]
 
 

@@ -1,0 +1,127 @@
+"""The one command that measures on a GPU: on the CPU it runs the same processes, and its files make the page."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vo.cli import build_parser
+from vo.config_loader import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import measure_gpu  # noqa: E402
+import write_benchmarks  # noqa: E402
+
+ORB = ("--config", "orb", "--set", "frontend.extractor.max_keypoints=300")
+STREAM = (
+    "--repeats",
+    "4",
+    "--frames",
+    "5",
+    "--stream",
+    "lossless,latest",
+    "--stream-frames",
+    "20",
+    "--stream-hz",
+    "30",
+)
+
+
+def test_the_parts_are_commands_and_hold_every_figure() -> None:
+    files = {f"gpu-{part.name}.json" for part in measure_gpu.PARTS}
+    assert {file for _, _, file, _ in write_benchmarks.GPU_FIGURES} == files
+    for part in measure_gpu.PARTS:
+        if part.flags:
+            options = build_parser().parse_args(["bench", *part.flags, "--device", "cuda", "--json"])
+            load_config(options.config, options.set)
+    assert sum(part.timeout_s for part in measure_gpu.PARTS) < 900
+    assert (ROOT / write_benchmarks.GPU_COMMAND.split()[1]).is_file()
+
+
+def test_measured_figures_make_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = (measure_gpu.Part("aliked", ("demo", *ORB, *STREAM), 300),)
+    monkeypatch.setattr(measure_gpu, "PARTS", parts)
+    results, page = tmp_path / "benchmarks", tmp_path / "PAGE.md"
+    assert measure_gpu.main(["--device", "cpu", "--output", str(results)]) == 0
+    figures = json.loads((results / "gpu-aliked.json").read_text())
+    assert [run["num_frames"] for run in figures["streams"]] == [20, 20]
+    # As if it had been one.
+    figures["machine"]["gpu"] = "Some GPU"
+    figures["streams"][0] |= {"gpu_growth_bytes": 2**20, "num_syncs": 3}
+    (results / "gpu-aliked.json").write_text(json.dumps(figures))
+    trajectory = {
+        "schema": measure_gpu.TRAJECTORY_SCHEMA,
+        **{key: figures[key] for key in ("date", "machine", "versions")},
+        "command": "python tools/measure_gpu.py --only trajectory",
+        "source": "demo",
+        "num_poses": [150, 150],
+        "path_length": 4.0,
+        "rmse": 0.00123,
+        "rmse_aligned": 0.001,
+        "rotation_deg_per_frame": 0.002,
+    }
+    (results / "gpu-trajectory.json").write_text(json.dumps(trajectory))
+    assert write_benchmarks.main(["--results", str(results), "--output", str(page)]) == 0
+    text = page.read_text()
+    assert "Some GPU" in text and "| lossless | 20 (0) |" in text and ", 1 | 3 |" in text
+    assert "150 and 150 poses; RMSE 0.00123 of a path of 4 (0.001 aligned)" in text
+    missing = text.partition("### Not yet measured")[2]
+    assert "gpu-long.json" in missing and "gpu-xfeat.json" in missing
+    assert "gpu-aliked.json" not in missing and "gpu-trajectory.json" not in missing
+
+
+def test_a_part_that_fails_leaves_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def running(arguments: list[str], timeout_s: float) -> str:
+        if "long" in arguments:
+            raise subprocess.TimeoutExpired(arguments, timeout_s)
+        if "broken" in arguments:
+            raise subprocess.CalledProcessError(2, arguments)
+        return "{}\n"
+
+    monkeypatch.setattr(measure_gpu, "_vo", running)
+    names = ("broken", "long", "fine")
+    monkeypatch.setattr(measure_gpu, "PARTS", tuple(measure_gpu.Part(name, (name,), 7) for name in names))
+    assert measure_gpu.main(["--device", "cpu", "--output", str(tmp_path), "--only", ",".join(names)]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu-fine.json"]
+    said = capsys.readouterr().err
+    assert "broken: ended with 2" in said and "long: not done after 7 s" in said and "failed: broken, long" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert measure_gpu.main(["--output", str(tmp_path)]) == 2
+    assert measure_gpu.main(["--only", "air", "--output", str(tmp_path)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "measure_gpu: error: no GPU: torch.cuda.is_available() is false"
+    assert second == "measure_gpu: error: 'air' is not a part"
+
+
+def test_a_path_is_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison of trajectories, on a path of a hundred poses in the place of the networks' ones."""
+    lines = [f"{i / 10} {i * 0.1} {0.01 * (i % 7)} 0 0 0 0 1" for i in range(100)]
+
+    def running(arguments: list[str], timeout_s: float) -> str:
+        output = Path(arguments[arguments.index("--output") + 1])
+        output.mkdir()
+        is_ours = output.name == "ours"
+        moved = [line.replace(" 0 0 0 0 1", f" {0.001 * is_ours * (i % 2)} 0 0 0 1") for i, line in enumerate(lines)]
+        (output / "trajectory_tum.txt").write_text("\n".join(moved) + "\n")
+        (output / "summary.json").write_text(json.dumps({"engine": ["a choice"], "fallbacks": []}))
+        return ""
+
+    monkeypatch.setattr(measure_gpu, "_vo", running)
+    found = json.loads(measure_gpu.trajectories(measure_gpu.PARTS[-1], "cpu"))
+    assert found["num_poses"] == [100, 100] and found["engine"] == ["a choice"]
+    assert found["path_length"] == pytest.approx(10.0, rel=0.1)
+    assert found["rmse"] == pytest.approx(0.001 / 2**0.5, rel=0.01)
+    assert found["largest_step_difference"] == pytest.approx(0.001)
+    assert found["command"] == "python tools/measure_gpu.py --only trajectory"
