@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,32 +60,15 @@ def arithmetic(precision: str) -> Iterator[None]:
 
     The choice ends up in what is captured, so it holds for replays too.
     """
-    is_rounded = precision == "tf32"
-    before = [_exchange(backend, is_rounded) for backend in _backends()]
+    # The older of PyTorch's two switches: it sets both, while the newer one alone makes reading the older an error, and
+    # its compiler reads that.
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
-        for backend, value in zip(_backends(), before, strict=True):
-            _restore(backend, value)
-
-
-def _backends() -> tuple[Any, Any]:
-    return torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
-
-
-def _exchange(backend: Any, is_rounded: bool) -> object:
-    """PyTorch 2.9 renamed the switch, and warns of the old name."""
-    if hasattr(backend, "fp32_precision"):
-        before = backend.fp32_precision
-        backend.fp32_precision = "tf32" if is_rounded else "ieee"
-    else:
-        before = backend.allow_tf32
-        backend.allow_tf32 = is_rounded
-    return before
-
-
-def _restore(backend: Any, value: object) -> None:
-    setattr(backend, "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32", value)
+        matmul.allow_tf32, convolution.allow_tf32 = before
 
 
 class AreaResize:

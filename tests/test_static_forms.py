@@ -213,6 +213,18 @@ def test_features_beyond_the_capacity_go_to_the_matcher_as_it_is():
     assert_same_matches(static_matcher(eager, 100).match(*pair), eager.match(*pair))
 
 
+def test_the_arithmetic_of_products_is_put_back():
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    for precision in ("float32", "tf32"):
+        with arithmetic(precision), arithmetic("float32"):
+            assert not any(switch.allow_tf32 for switch in switches)
+        with pytest.raises(KeyError), arithmetic(precision):
+            assert all(switch.allow_tf32 == (precision == "tf32") for switch in switches)
+            raise KeyError
+    assert [switch.allow_tf32 for switch in switches] == before
+
+
 # On a GPU that is not there
 
 
