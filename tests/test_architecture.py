@@ -32,6 +32,7 @@ LAYERS = (
         "vo.camera_models",
         "vo.tracks_archive",
         "vo.ground_plane",
+        "vo.image_health",
         "vo.stereo",
         "vo.calibration",
         "vo.calibration_boards",

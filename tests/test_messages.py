@@ -57,7 +57,7 @@ from vo.messages import (
     encode_request,
     quat_xyzw_from_rotation,
 )
-from vo.types import Camera, CameraModel, FrameTracks, PoseEstimate, Rejection, TrackingStatus
+from vo.types import Camera, CameraModel, FrameTracks, ImageCondition, PoseEstimate, Rejection, TrackingStatus
 
 PROTOCOL_FILE = Path(__file__).parents[1] / "docs" / "PROTOCOL.md"
 GOLDEN_FILE = Path(__file__).parent / "golden_messages.json"
@@ -156,6 +156,26 @@ def test_a_pose_of_an_older_publisher_is_read() -> None:
     assert same(decode(older).body, dataclasses.replace(a_pose(), stop_layer=0))
 
 
+def test_a_status_of_an_older_publisher_is_read() -> None:
+    older = bytes.fromhex("".join(json.loads(GOLDEN_FILE.read_text())["status_before_added_keys"]))
+    _, header, _ = read_by_the_book(older)
+    status = golden_messages()["status"]
+    assert header.keys() == read_by_the_book(encode(status))[1].keys() - ADDED_KEYS["status"]
+    body = decode(older).body
+    assert isinstance(body, StatusReport) and isinstance(status.body, StatusReport)
+    assert (body.image_health, body.is_camera_away) == (None, False)
+    assert (body.state, body.fps, body.num_dropped) == (status.body.state, status.body.fps, status.body.num_dropped)
+
+
+def test_a_condition_of_a_newer_publisher_is_left_out() -> None:
+    """The words of `conditions` may grow within the version; a reader keeps those that it knows."""
+    name, header, _ = read_by_the_book(encode(golden_messages()["status"]))
+    header["image_health"]["conditions"] = "on_fire blurred"
+    body = decode(wire.pack(name, {**header, "arrays": None}, {})).body
+    assert isinstance(body, StatusReport) and body.image_health is not None
+    assert body.image_health.conditions == (ImageCondition.BLURRED,)
+
+
 def test_lost_pose_carries_no_pose() -> None:
     golden = bytes.fromhex("".join(json.loads(GOLDEN_FILE.read_text())["pose_lost"]))
     _, header, arrays = read_by_the_book(golden)
@@ -171,7 +191,7 @@ def test_the_specification_is_complete_and_its_examples_are_true() -> None:
         assert f"`{topic}`" in text
         for name in (*header, *arrays, *(entry[0].replace("|", "&#124;") for entry in header["arrays"].values())):
             assert f"`{name}`" in text or f"<code>{name}</code>" in text, f"{topic}: {name} is not documented"
-    for enum in (TrackingStatus, Rejection, RunState, RequestKind, ScaleQuantity, CameraModel):
+    for enum in (TrackingStatus, Rejection, RunState, RequestKind, ScaleQuantity, CameraModel, ImageCondition):
         assert all(f"`{option.value}`" in text for option in enum)
     dump, requests = (block.split("\n```")[0] for block in text.split("```text\n")[1:])
     example = b"".join(bytes.fromhex(line[6:54]) for line in dump.splitlines())

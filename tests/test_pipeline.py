@@ -37,10 +37,12 @@ from vo.types import Camera, ConfigError, Frame
 NUM_FRAMES = 25
 WORLD = make_world(1500, (-15.0, -4.0, 3.0), (15.0, 4.0, 40.0), seed=3)
 PATH = driving_path(NUM_FRAMES)
+# A plain image would count as one of a covered lens.
+TEXTURE = np.random.default_rng(5).integers(0, 256, (CAMERA.height, CAMERA.width), np.uint8)
 
 
 class PointSource:
-    """Frames of the drive; the image only carries the index, as what the extractor sees."""
+    """Frames of the drive; the first pixel of the image carries the index, as what the extractor sees."""
 
     name = "points"
     camera: Camera = CAMERA
@@ -55,7 +57,8 @@ class PointSource:
 
     def frames(self) -> Iterator[Frame]:
         for index in range(NUM_FRAMES):
-            image = np.full((CAMERA.height, CAMERA.width), index, np.uint8)
+            image = TEXTURE.copy()
+            image[0, 0] = index
             yield Frame(index, index * 100_000_000, image, CAMERA)
 
     def close(self) -> None:

@@ -27,10 +27,10 @@ from vo.messages import (
     Topic,
     encode,
 )
-from vo.types import Camera, FrameTracks, PoseEstimate, Rejection, TrackingStatus
+from vo.types import Camera, FrameTracks, ImageCondition, ImageHealth, PoseEstimate, Rejection, TrackingStatus
 
 # What the topics have gained within version 1; publishers from before leave it out.
-ADDED_KEYS = {"pose": {"stop_layer"}}
+ADDED_KEYS = {"pose": {"stop_layer"}, "status": {"image_health", "is_camera_away"}}
 PUBLISH_TIME_NS = 1_767_225_600_123_456_789
 
 
@@ -132,7 +132,8 @@ def a_message(body: Any, sequence: int = 5) -> Message:
 def golden_messages() -> dict[str, Message]:
     """One message of every kind."""
     num_sent = {Topic.POSE: 200, Topic.TRACKS: 199, Topic.KEYFRAME: 20, Topic.POINTS: 19, Topic.STATUS: 5}
-    report = StatusReport(RunState.FINISHED, 29.5, 200, 3, num_sent, 2.0)
+    health = ImageHealth(0.25, 0.125, 0.5, 0.0625, (ImageCondition.BLURRED, ImageCondition.EXPOSURE_JUMP))
+    report = StatusReport(RunState.FINISHED, 29.5, 200, 3, num_sent, 2.0, health, True)
     camera = Camera(640, 480, np.array([[500.0, 0, 320], [0, 501, 240], [0, 0, 1]]), np.array([0.5, -0.25, 0, 0]))
     page = (encode(a_message(some_keyframes(is_reset=True), 8)),)
     return {

@@ -34,7 +34,11 @@ SCHEMA = "lightvo-soak/1"
 LIMIT_PERCENT = 3.0
 INTERRUPTED = 130
 # Bounds of what late joiners get, small enough to be reached in the warm-up: the run must then stay where it is.
-BOUNDS = ("publisher.max_snapshot_poses=5000", "publisher.max_snapshot_landmarks=20000")
+BOUNDS = (
+    "publisher.max_snapshot_poses=500",
+    "publisher.max_snapshot_keyframes=100",
+    "publisher.max_snapshot_landmarks=2000",
+)
 _END_TIMEOUT_S = 120.0
 
 

@@ -16,6 +16,7 @@ from vo.client import Client
 from vo.endpoints import DEFAULT_ENDPOINT
 from vo.keys import ClientKeys
 from vo.messages import (
+    HEALTH_FIGURES,
     PUBLISHED_TOPICS,
     CompressedImage,
     Header,
@@ -27,7 +28,7 @@ from vo.messages import (
     Topic,
     quat_xyzw_from_rotation,
 )
-from vo.types import Camera, ConfigError, FrameTracks, PoseEstimate
+from vo.types import Camera, ConfigError, FrameTracks, ImageHealth, PoseEstimate
 
 POLL_S = 0.5
 SILENCE_S = 3.0
@@ -127,6 +128,8 @@ def as_json_line(message: Message) -> str:
                 "num_dropped": body.num_dropped,
                 "num_sent": {topic.value: num_messages for topic, num_messages in body.num_sent.items()},
                 "heartbeat_hz": body.heartbeat_hz,
+                "image_health": None if body.image_health is None else _health_fields(body.image_health),
+                "is_camera_away": body.is_camera_away,
             }
         case Camera():
             fields |= {
@@ -169,12 +172,24 @@ def as_text_line(message: Message) -> str:
             return f"{start}  {_frame_text(header)}  {body.width} x {body.height} px  jpeg  {len(body.data)} bytes"
         case StatusReport():
             counts = f"{body.num_frames} frames, {body.num_dropped} dropped, {body.num_sent.get(Topic.POSE, 0)} poses"
-            return f"{start}  {body.state.value}  {body.fps:.1f} frames/s  {counts}"
+            return f"{start}  {body.state.value}  {body.fps:.1f} frames/s  {counts}{_camera_text(body)}"
         case Camera():
             focal = f"f {body.K[0, 0]:.2f} {body.K[1, 1]:.2f} px  c {body.K[0, 2]:.2f} {body.K[1, 2]:.2f} px"
             return f"{start}  {body.width} x {body.height} px  {body.model.value}  {focal}"
         case _:
             raise ValueError(f"topic {header.topic.value} is not published")
+
+
+def _health_fields(health: ImageHealth) -> dict[str, object]:
+    figures: dict[str, object] = {name: getattr(health, name) for name in HEALTH_FIGURES}
+    return figures | {"conditions": [condition.value for condition in health.conditions]}
+
+
+def _camera_text(report: StatusReport) -> str:
+    """What is wrong with the camera or its images, empty where nothing is."""
+    conditions = () if report.image_health is None else report.image_health.conditions
+    words = [condition.value.replace("_", " ") for condition in conditions]
+    return f"  image: {', '.join(words)}" * bool(words) + "  camera away" * report.is_camera_away
 
 
 def _parsed_topics(names: Sequence[str]) -> tuple[Topic, ...]:

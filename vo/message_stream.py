@@ -28,7 +28,7 @@ from vo.messages import (
     Topic,
     encode,
 )
-from vo.types import Camera, FrameTracks, MapUpdate, PoseEstimate, TrackingStatus
+from vo.types import Camera, FrameTracks, ImageHealth, MapUpdate, PoseEstimate, TrackingStatus
 
 FINAL_PERIOD_S = 0.1
 
@@ -170,12 +170,26 @@ class MessageStream:
             self._check_running()
             self._send(Topic.IMAGE, image)
 
-    def publish_status(self, *, fps: float = 0.0, num_frames: int = 0, num_dropped: int = 0) -> None:
+    def publish_status(
+        self,
+        *,
+        fps: float = 0.0,
+        num_frames: int = 0,
+        num_dropped: int = 0,
+        image_health: ImageHealth | None = None,
+    ) -> None:
         """Says how the run is doing. The figures go out with the next heartbeat, so call it freely."""
         with self._lock:
             self._check_running()
-            self._report = replace(self._report, fps=fps, num_frames=num_frames, num_dropped=num_dropped)
+            self._report = replace(
+                self._report, fps=fps, num_frames=num_frames, num_dropped=num_dropped, image_health=image_health
+            )
             self.beat_if_due()
+
+    def note_camera(self, *, is_away: bool) -> None:
+        """Says, with the next heartbeat and from whatever thread, whether the camera is there."""
+        with self._lock:
+            self._report = replace(self._report, is_camera_away=is_away)
 
     def beat_if_due(self) -> float:
         """Sends camera and status when it is time for them; the seconds until the next time, not negative.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vo.types import Camera, FloatArray, FrameTracks, PoseEstimate, TrackingStatus
+from vo.types import Camera, FloatArray, FrameTracks, ImageHealth, PoseEstimate, TrackingStatus
 from vo.wire import MAX_INTEGER, MAX_TEXT_LENGTH
 
 MAX_REQUEST_BYTES = 1024
@@ -122,6 +122,8 @@ class StatusReport:
     num_dropped   frames the source delivered and nobody had time for.
     num_sent      messages published on each topic before this one: `num_sent - 1` is its last sequence number.
     heartbeat_hz  how often this message comes: a consumer that hears nothing for longer has lost the publisher.
+    image_health  of the last image that the source delivered; None before the first.
+    is_camera_away  the camera has gone, and the run waits for it.
     """
 
     state: RunState
@@ -130,6 +132,8 @@ class StatusReport:
     num_dropped: int = 0
     num_sent: Mapping[Topic, int] = field(default_factory=dict)
     heartbeat_hz: float = 1.0
+    image_health: ImageHealth | None = None
+    is_camera_away: bool = False
 
     def __post_init__(self) -> None:
         for name in ("fps", "heartbeat_hz"):

@@ -7,7 +7,7 @@ and its limits, vo/map_messages.py the topics of the map and the image.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -47,7 +47,17 @@ from vo.message_types import (
     Topic,
     check_text,
 )
-from vo.types import Camera, CameraModel, FloatArray, FrameTracks, PoseEstimate, Rejection, TrackingStatus
+from vo.types import (
+    Camera,
+    CameraModel,
+    FloatArray,
+    FrameTracks,
+    ImageCondition,
+    ImageHealth,
+    PoseEstimate,
+    Rejection,
+    TrackingStatus,
+)
 from vo.wire import MAX_INTEGER, SCHEMA, Arrays, Fields, ProtocolError, VersionError
 
 __all__ = [
@@ -83,6 +93,7 @@ __all__ = [
 ]
 
 WORLD_FRAME, CAMERA_FRAME = "world", "camera"
+HEALTH_FIGURES = ("brightness", "contrast", "sharpness", "clipped")
 
 
 def quat_xyzw_from_rotation(R: FloatArray) -> FloatArray:
@@ -220,6 +231,8 @@ def _encode_body(body: Body) -> tuple[dict[str, object], ArrayMap]:
                 "num_dropped": body.num_dropped,
                 "num_sent": {topic.value: body.num_sent.get(topic, 0) for topic in PUBLISHED_TOPICS},
                 "heartbeat_hz": float(body.heartbeat_hz),
+                "image_health": None if body.image_health is None else _encode_health(body.image_health),
+                "is_camera_away": body.is_camera_away,
             }, {}
         case Camera():
             return {"width": body.width, "height": body.height, "model": body.model.value}, {
@@ -244,6 +257,22 @@ def _encode_body(body: Body) -> tuple[dict[str, object], ArrayMap]:
             return {"request": body.request.value, "tag": body.tag}, {}
         case Refusal():
             return {"reason": body.reason, "tag": body.tag}, {}
+
+
+def _encode_health(health: ImageHealth) -> dict[str, object]:
+    figures: dict[str, object] = {name: float(getattr(health, name)) for name in HEALTH_FIGURES}
+    return figures | {"conditions": " ".join(condition.value for condition in health.conditions)}
+
+
+def _decode_health(values: Mapping[str, object] | None) -> ImageHealth | None:
+    """Conditions that this version does not know are left out: publishers may learn to tell more of them."""
+    if values is None:
+        return None
+    fields = Fields(values)
+    known = {condition.value: condition for condition in ImageCondition}
+    names = fields.text("conditions").split()
+    figures = {name: fields.number(name) for name in HEALTH_FIGURES}
+    return ImageHealth(**figures, conditions=tuple(known[name] for name in names if name in known))
 
 
 def _encode_pose(pose: PoseEstimate) -> tuple[dict[str, object], ArrayMap]:
@@ -328,6 +357,8 @@ def _decode_status(header: Header, fields: Fields, arrays: Arrays) -> StatusRepo
         num_dropped=fields.integer("num_dropped"),
         num_sent={topic: num_sent.integer(topic.value) for topic in PUBLISHED_TOPICS},
         heartbeat_hz=fields.number("heartbeat_hz"),
+        image_health=_decode_health(fields.added_mapping("image_health")),
+        is_camera_away=fields.added_flag("is_camera_away"),
     )
 
 

@@ -125,6 +125,11 @@ class Odometry:
         self._num_repeats = self._num_repeats + 1 if self._repeats(frame) else 0
         if self._num_repeats > _MAX_REPEATS:
             return self._unposed_frame(frame, Rejection.REPEATED_IMAGE)
+        if frame.health is not None and frame.health.is_blind:
+            return self._unposed_frame(frame, Rejection.DEGENERATE)
+        if frame.follows_gap and self._status is not TrackingStatus.INITIALIZING:
+            # Where the camera was meanwhile nobody knows: it is lost until it is found.
+            self._status, self._last_motion = TrackingStatus.LOST, np.eye(4)
         self._frame = frame
         map_update = self._map.take_in_refinement(frame.index, frame.timestamp_ns, self._held())
         self._change_unit()

@@ -19,6 +19,7 @@ from vo.run_meter import RunMeter
 from vo.scale import ExternalReadings
 from vo.scale_source import ScaleSource, TruePosition
 from vo.sources import Source
+from vo.sources.inspected import InspectedSource
 from vo.stages import Sink, StageOptions, Stages
 from vo.summary import RunSummary
 from vo.trajectory import read_trajectory
@@ -74,7 +75,13 @@ def run(
         source.camera, config.odometry, config.two_view, ahead.match, waits_for_window=not is_lossy, scale=scale
     )
     stages = Stages(
-        source, lambda frame: frontend.extractor.extract(frame.image), odometry.step, sinks, meter, stop, ahead
+        InspectedSource(source, meter.image_log.note),
+        lambda frame: frontend.extractor.extract(frame.image),
+        odometry.step,
+        sinks,
+        meter,
+        stop,
+        ahead,
     )
     options = StageOptions(
         is_threaded=is_threaded,

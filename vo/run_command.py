@@ -242,7 +242,12 @@ def sinks(
         image = preview.take(result.captured.frame) if stream.is_wanted(Topic.IMAGE) else None
         if image is not None:
             stream.publish_image(image)
-        stream.publish_status(fps=meter.fps, num_frames=meter.num_processed + 1, num_dropped=meter.num_dropped)
+        stream.publish_status(
+            fps=meter.fps,
+            num_frames=meter.num_processed + 1,
+            num_dropped=meter.num_dropped,
+            image_health=meter.image_log.last,
+        )
 
     def show(result: FrameResult) -> None:
         advance(f"{result.step.pose.status.value}, {meter.fps:.1f} fps")

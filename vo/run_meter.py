@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from vo.image_health import HealthLog
 from vo.odometry import OdometryStep
 from vo.samples import Samples
 from vo.sources import SkippedFrame
@@ -39,6 +40,7 @@ class RunMeter:
         self.stop_layers = Samples()
         self.radial_distortion = 0.0
         self.left_behind: tuple[str, ...] = ()
+        self.image_log = HealthLog()
         self._was_lost = False
         self._match_ns = 0
         self._waited_ns = 0
@@ -122,6 +124,7 @@ class RunMeter:
             mean_matches=self.num_matches.mean,
             mean_inliers=self.num_inliers.mean,
             mean_stop_layer=self.stop_layers.mean,
+            image_conditions=tuple((found.value, count) for found, count in self.image_log.counts.most_common()),
             scale_source=self.scale_source,
             radial_distortion=self.radial_distortion,
             device=device,

@@ -122,6 +122,8 @@ class LiveScene:
         if self._aligner is not None:
             alignment = self._aligner.alignment
             lines.append(TextLine("truth: no pose of its time yet" if alignment is None else alignment.text))
+        if report is not None and (trouble := _trouble(report)):
+            lines.append(TextLine(trouble, WARNING_COLOR))
         if not self.picture.has_image:
             lines.append(TextLine("no images (publisher.image_hz is 0?)", DIM_COLOR))
         lines.append(self._link_line(link))
@@ -179,3 +181,12 @@ class LiveScene:
             silence = f"{link.endpoint} is silent" if link.is_heard else f"waiting for {link.endpoint}"
             return TextLine(f"{silence}{f': {link.problem}' * bool(link.problem)}{trouble}", WARNING_COLOR)
         return TextLine(f"{link.endpoint}{trouble}", DIM_COLOR)
+
+
+def _trouble(report: StatusReport) -> str:
+    """What is wrong with the camera, empty where nothing is."""
+    if report.is_camera_away:
+        return "the camera has gone; waiting for it"
+    conditions = () if report.image_health is None else report.image_health.conditions
+    words = ", ".join(condition.value.replace("_", " ") for condition in conditions)
+    return f"image: {words}" if words else ""

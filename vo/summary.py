@@ -13,6 +13,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from vo.evaluation import Evaluation
+    from vo.sources.base import LiveReport
 
 # Distributions whose version can change a trajectory or its speed.
 _DISTRIBUTIONS = ("lightvo", "torch", "opencv-python", "numpy", "scipy", "evo", "pyzmq")
@@ -62,6 +63,7 @@ class RunSummary:
     latency_ms         None without a processed frame.
     stages             one entry per stage.
     mean_matches, mean_inliers     per processed frame; None without one.
+    image_conditions   (what was wrong with images, how many), the most frequent first; see `ImageCondition`.
     mean_stop_layer    layers the matcher ran; None where it has none.
     scale_source       unit of the translations, see `PoseEstimate`.
     radial_distortion  found beyond the calibration: a ray of length r is the ray times 1 - kappa r^2.
@@ -70,6 +72,7 @@ class RunSummary:
     weights            every file of weights in use.
     fallbacks          what was replaced by something else, one sentence each.
     engine             what the warm-up on a GPU measured and chose, one sentence each.
+    live               what a camera delivered; None of a file.
     evaluation         against the ground truth, where there is one.
     """
 
@@ -96,6 +99,8 @@ class RunSummary:
     weights: tuple[UsedWeights, ...]
     fallbacks: tuple[str, ...]
     engine: tuple[str, ...] = ()
+    image_conditions: tuple[tuple[str, int], ...] = ()
+    live: LiveReport | None = None
     evaluation: Evaluation | None = None
 
 
@@ -105,6 +110,7 @@ def summary_json(summary: RunSummary) -> str:
     stages = tree.pop("stages")
     tree["stages_ms"] = {stage["name"]: {"p50": stage["p50_ms"], "p95": stage["p95_ms"]} for stage in stages}
     tree["versions"] = dict(summary.versions)
+    tree["image_conditions"] = dict(summary.image_conditions)
     return json.dumps(tree, indent=2, allow_nan=False) + "\n"
 
 

@@ -21,6 +21,8 @@ __all__ = [
     "ConfigError",
     "Frame",
     "FrameTracks",
+    "ImageCondition",
+    "ImageHealth",
     "MapUpdate",
     "PoseEstimate",
     "Rejection",
@@ -137,6 +139,43 @@ class StereoRig:
         return float(np.linalg.norm(self.T_camera0_camera1[:3, 3]))
 
 
+class ImageCondition(Enum):
+    """What can be wrong with an image."""
+
+    DARK = "dark"
+    COVERED = "covered"
+    OVEREXPOSED = "overexposed"
+    FROZEN = "frozen"
+    BLURRED = "blurred"
+    EXPOSURE_JUMP = "exposure_jump"
+    FLICKER = "flicker"
+
+
+_BLIND = frozenset({ImageCondition.DARK, ImageCondition.COVERED, ImageCondition.OVEREXPOSED})
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHealth:
+    """What an image is good for; vo/image_health.py measures it.
+
+    brightness, contrast   mean and standard deviation of the grey levels, of the largest there can be.
+    sharpness              0.25 where edges are smeared over 8 px and more, 0.5 where they are sharp, up to 1.
+    clipped                share of the image that is white.
+    conditions             what is wrong with it.
+    """
+
+    brightness: float
+    contrast: float
+    sharpness: float
+    clipped: float
+    conditions: tuple[ImageCondition, ...] = ()
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether nothing can be seen in it: what is matched in such an image is noise."""
+        return not _BLIND.isdisjoint(self.conditions)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
     """One image with its time.
@@ -148,6 +187,7 @@ class Frame:
     right         (H1, W1, 3) or (H1, W1) uint8 of the second camera of a stereo rig at the same time, in that camera's
                   own size; None where the source has none for this frame, or where nobody asked for it.
     follows_gap   the camera was away before this frame and may have moved anywhere meanwhile.
+    health        what the image is good for; None where nobody has looked.
     """
 
     index: int
@@ -157,6 +197,7 @@ class Frame:
     depth: NDArray[np.float32] | None = None
     right: NDArray[np.uint8] | None = None
     follows_gap: bool = False
+    health: ImageHealth | None = None
 
     def __post_init__(self) -> None:
         height, width = self.camera.height, self.camera.width

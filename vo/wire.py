@@ -70,6 +70,14 @@ class Fields:
         """A key that was added within this version: older publishers leave it out."""
         return self.integer(key) if key in self._values else default
 
+    def added_flag(self, key: str) -> bool:
+        """A flag that was added within this version: older publishers leave it out, and mean false."""
+        return self.flag(key) if key in self._values else False
+
+    def added_mapping(self, key: str) -> Mapping[str, object] | None:
+        """A map that was added within this version, None where it is nil or left out."""
+        return self.mapping(key) if self._values.get(key) is not None else None
+
     def number(self, key: str) -> float:
         value = self._take(key)
         if type(value) not in (int, float) or not math.isfinite(cast(float, value)):
