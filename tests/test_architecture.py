@@ -14,7 +14,18 @@ MODULES = sorted(path.relative_to(ROOT) for package in ("vo", "frontends") for p
 # Lower layers never import higher ones; modules of one layer may know each other.
 LAYERS = (
     {"vo.types", "frontends"},
-    {"vo.config", "vo.geometry", "vo.output", "vo.channel", "vo.wire", "vo.endpoints", "vo.keys", "vo.samples"},
+    {
+        "vo.config",
+        "vo.geometry",
+        "vo.output",
+        "vo.channel",
+        "vo.wire",
+        "vo.endpoints",
+        "vo.keys",
+        "vo.samples",
+        "vo.interrupts",
+        "vo.service",
+    },
     {
         "vo.config_loader",
         "vo.messages",
@@ -76,7 +87,7 @@ LAYERS = (
     },
     {"vo.run_meter", "vo.listen", "vo.eval_runs", "vo.eval_report", "vo.eval_command"},
     {"vo.scene_feed", "vo.viewer", "vo.view_command", "vo.viewer_process"},
-    {"vo.match_ahead", "vo.stages", "vo.progress", "vo.doctor"},
+    {"vo.match_ahead", "vo.stages", "vo.progress", "vo.doctor", "vo.run_watch"},
     {"vo.pipeline", "vo.run_files"},
     {
         "vo.run_report",

@@ -25,8 +25,9 @@ from frontends.orb import OrbConfig
 from vo.config import Config, FrontendConfig, PipelineConfig
 from vo.evaluation import compare
 from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, select_device
+from vo.interrupts import stop_on_signals
 from vo.odometry import OdometryStep
-from vo.pipeline import drops_oldest, run, stop_on_signals
+from vo.pipeline import drops_oldest, run
 from vo.run_meter import RunMeter
 from vo.sources import SkippedFrame
 from vo.stages import FrameResult

@@ -2,6 +2,6 @@
 
 import sys
 
-from vo.cli import main
+from vo.cli import program
 
-sys.exit(main())
+sys.exit(program())

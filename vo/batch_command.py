@@ -18,8 +18,8 @@ from vo.batch_jobs import FAILED, Job, Outcome, pending, plan, run_job
 from vo.batch_manifest import BatchManifest, load_manifest
 from vo.batch_table import Row, batch_rows, batch_tree, csv_text, html, markdown
 from vo.bench_machine import read_machine
+from vo.interrupts import stop_on_signals
 from vo.output import prepare_directory, write_atomically
-from vo.pipeline import stop_on_signals
 from vo.progress import progress
 from vo.summary import library_versions
 from vo.types import ConfigError

@@ -8,18 +8,21 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from vo import __version__
 from vo.bench_options import add_bench
-from vo.option_types import amount, positive, rate, size, words
+from vo.option_types import amount, positive, rate, seconds, size, words
 
 if TYPE_CHECKING:
     from frontends.weights import WeightsStatus
 
 USER_ERROR = 2
 INTERRUPTED = 130
+# The thread that reads a camera, and the stages of a run.
+_MAY_HANG = frozenset({"camera", "capture", "extract", "match", "track", "publish"})
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5570"
 PRESET_WEIGHTS = ("aliked-t16", "lightglue-light-aliked-t16", "xfeat", "lightglue-light-xfeat")
 
@@ -63,6 +66,23 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         # Whoever read our output has gone (`vo listen | head`); the interpreter must not try to flush it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return USER_ERROR
+
+
+def program() -> NoReturn:
+    """Runs the command line as a program. A thread that hangs in a driver or a library is not waited for.
+
+    Python would end it where it is, in the middle of C++, and the process would die of that instead of our exit code.
+    """
+    code = main()
+    hanging = [thread for thread in threading.enumerate() if thread.daemon and thread.name in _MAY_HANG]
+    for thread in hanging:
+        thread.join(1.0 / len(hanging))
+    if any(thread.is_alive() for thread in hanging):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _without_tracebacks(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
@@ -121,6 +141,7 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--camera", metavar="FILE", type=Path, help="camera.yaml with the intrinsics")
     parser.add_argument("--fov-deg", metavar="DEG", type=float, help="guess the intrinsics from the horizontal view")
     parser.add_argument("--fps", metavar="HZ", type=float, help="rate of images that carry no times")
+    parser.add_argument("--watchdog-s", metavar="S", type=seconds, help="fail when no frame has come for so long")
     parser.add_argument("--quiet", action="store_true", help="no progress and no report, errors only")
     parser.add_argument("--fallback-orb", action="store_true", help="run on ORB where weights cannot be had")
     parser.set_defaults(command=_run)
@@ -159,7 +180,9 @@ def _add_listen(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--max-messages", metavar="N", type=positive, help="end after so many")
-    parser.add_argument("--timeout-s", metavar="S", type=float, help="end after so long without a message")
+    parser.add_argument(
+        "--timeout-s", metavar="S", type=float, help="end after so long without one; code 2 if none came"
+    )
     parser.add_argument("--until-finished", action="store_true", help="end with the run")
     _add_client_keys(parser)
     parser.set_defaults(command=_listen)
@@ -386,6 +409,7 @@ def _run(options: argparse.Namespace) -> int:
             record=options.record,
             saves_tracks=options.save_tracks,
             views=options.view,
+            watchdog_s=options.watchdog_s,
         )
     )
 
@@ -434,7 +458,10 @@ def _listen(options: argparse.Namespace) -> int:
         options.until_finished,
         keys=load_client_keys(options.key, options.server_key),
     )
-    return INTERRUPTED if counts.is_interrupted else 0
+    if counts.is_interrupted:
+        return INTERRUPTED
+    # Whoever waits for a limited time wants to know whether anybody is there.
+    return USER_ERROR if options.timeout_s is not None and counts.num_messages == 0 else 0
 
 
 def _replay(options: argparse.Namespace) -> int:

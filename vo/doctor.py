@@ -69,7 +69,7 @@ def examine(endpoint: str) -> Iterator[Check]:
     yield _check_device()
     yield from _check_weights()
     yield _check_endpoint(endpoint)
-    yield _check_camera()
+    yield from _check_cameras()
     yield _check_viewer()
     yield _check_disk("disk, working directory", Path.cwd())
     yield _check_disk("disk, cache", _cache_directory())
@@ -141,15 +141,26 @@ def _check_endpoint(endpoint: str) -> Check:
     return Check("publisher", State.WORKS, f"{endpoint}: ports {parts.port} and {parts.port + 1} are free")
 
 
-def _check_camera() -> Check:
-    devices = sorted(Path("/dev").glob("video*"))
+def _check_cameras(directory: Path = Path("/dev")) -> Iterator[Check]:
+    """Every camera with what it offers, or why there is none."""
+    from vo.sources.v4l2 import find_cameras
+
+    devices = sorted(directory.glob("video*"))
     if not devices:
-        return Check("camera", State.MISSING, "no /dev/video*", "connect a camera to use webcam:0", is_required=False)
-    usable = [device.name for device in devices if os.access(device, os.R_OK | os.W_OK)]
-    if not usable:
+        detail = f"no {directory}/video*"
+        yield Check("camera", State.MISSING, detail, "connect a camera to use webcam:0", is_required=False)
+        return
+    if not any(os.access(device, os.R_OK | os.W_OK) for device in devices):
         remedy = "add yourself to the group video and log in again"
-        return Check("camera", State.BROKEN, f"{devices[0]}: no permission", remedy, is_required=False)
-    return Check("camera", State.WORKS, ", ".join(usable), is_required=False)
+        yield Check("camera", State.BROKEN, f"{devices[0]}: no permission", remedy, is_required=False)
+        return
+    cameras = find_cameras(directory)
+    for camera in cameras:
+        yield Check(f"camera webcam:{camera.path}", State.WORKS, camera.describe(), is_required=False)
+    if not cameras:
+        names = ", ".join(device.name for device in devices)
+        remedy = "connect one, and look at what `dmesg` says of it"
+        yield Check("camera", State.MISSING, f"{names}: none captures video", remedy, is_required=False)
 
 
 def _check_viewer() -> Check:

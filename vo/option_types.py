@@ -20,6 +20,14 @@ def amount(text: str) -> float:
     return value
 
 
+def seconds(text: str) -> float:
+    """A time of one second and more."""
+    value = amount(text)
+    if value < 1.0:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
 def rate(text: str) -> float:
     value = float(text)
     if not 0.1 <= value <= 240:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from vo.scale import ExternalReadings
 from vo.scale_source import ScaleSource, TruePosition
 from vo.sources import Source
 from vo.sources.inspected import InspectedSource
+from vo.sources.webcam import LiveSource
 from vo.stages import Sink, StageOptions, Stages
 from vo.summary import RunSummary
 from vo.trajectory import read_trajectory
@@ -131,7 +130,7 @@ def drops_oldest(config: Config, source: Source, is_paced: bool) -> bool:
 def summarise(meter: RunMeter, source: Source, frontend: Frontend, *, is_interrupted: bool) -> RunSummary:
     """The summary of what has been run so far."""
     left_behind = tuple(f"stage {name} was left behind: it did not end with the run" for name in meter.left_behind)
-    return meter.summary(
+    summary = meter.summary(
         source.name,
         is_interrupted=is_interrupted,
         device=frontend.device_name,
@@ -139,24 +138,7 @@ def summarise(meter: RunMeter, source: Source, frontend: Frontend, *, is_interru
         fallbacks=frontend.fallbacks + left_behind,
         engine=() if frontend.engine is None else frontend.engine.choices,
     )
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """Yields an event that the first Ctrl-C or SIGTERM sets; the second one raises KeyboardInterrupt.
-
-    Only in the main thread; the handlers that were there before are put back.
-    """
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    if not isinstance(source, LiveSource):
+        return summary
+    live = source.live_report()
+    return replace(summary, live=live, frames_dropped=summary.frames_dropped + live.frames_dropped)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vo.config import PublisherConfig
+from vo.interrupts import stop_on_signals
 from vo.messages import RunState
 from vo.output import OutputError, writing
-from vo.pipeline import stop_on_signals
 from vo.publisher import Publisher
 from vo.recording import Recording, RecordingError, RecordingWriter
 from vo.replay import NS_PER_S, Passage, RecordedStream

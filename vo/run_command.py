@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from vo.config import Config, ExternalScaleConfig, PublisherConfig, StereoScaleConfig
 from vo.config_loader import dump_config, load_config
 from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, on_device
+from vo.image_health import HealthLog
+from vo.interrupts import stop_on_signals
 from vo.message_stream import MessageStream
 from vo.message_types import ScaleQuantity
 from vo.messages import RunState, Topic
-from vo.pipeline import run, stop_on_signals
+from vo.pipeline import run
 from vo.preview import ImagePreview
 from vo.progress import Advance, progress
 from vo.publisher import Publisher
@@ -23,10 +26,13 @@ from vo.run_files import RunFiles, WantedFiles, tracks_directory, write_run_came
 from vo.run_meter import RunMeter
 from vo.run_report import report
 from vo.run_results import RunResults
+from vo.run_watch import RunWatch
 from vo.scale import ExternalReadings
+from vo.service import ServiceManager
 from vo.sources import Source, open_source
+from vo.sources.webcam import LiveSource
 from vo.stages import FrameResult, Sink
-from vo.types import Camera, ConfigError, MapUpdate, WeightsError
+from vo.types import Camera, ConfigError, MapUpdate, SourceError, WeightsError
 from vo.viewer_process import ViewerProcess, check_viewable
 
 USER_ERROR = 2
@@ -54,6 +60,7 @@ class RunRequest:
     record: Path | None = None
     saves_tracks: bool = False
     views: bool = False
+    watchdog_s: float | None = None
 
 
 def run_command(request: RunRequest) -> int:
@@ -73,6 +80,7 @@ def run_command(request: RunRequest) -> int:
             fov_deg=request.fov_deg,
             fps=request.fps,
             wants_stereo=isinstance(scale, StereoScaleConfig),
+            webcam=config.webcam,
         )
         external = ExternalReadings(scale) if isinstance(scale, ExternalScaleConfig) else None
         if external is not None and config.publisher.endpoint == "off":
@@ -108,6 +116,10 @@ def run_command(request: RunRequest) -> int:
             recorder.write_config(dump_config(config))
             write_run_camera(recorder.output_dir, source.camera)
         meter = RunMeter()
+        if not request.is_quiet:
+            meter.image_log = HealthLog(_note)
+            if isinstance(source, LiveSource):
+                source.say = _note
 
         def correct(update: MapUpdate) -> None:
             results.correct(update)
@@ -116,7 +128,7 @@ def run_command(request: RunRequest) -> int:
         if viewer is not None:
             viewer.wait_until_ready()
         # Around the report too: a Ctrl-C must not cut the writing short.
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, watch_run(request, source, meter, stream, stop) as watch:
             if publisher is not None:
                 publisher.on_stop = stop.set
             try:
@@ -151,10 +163,28 @@ def run_command(request: RunRequest) -> int:
                         is_quiet=request.is_quiet,
                     )
                 )
+        if watch.has_fired:
+            raise SourceError(
+                f"{source.name}: no frame for {request.watchdog_s:g} s (--watchdog-s); is the camera there?"
+            )
         if is_interrupted:
             stream.finish(RunState.INTERRUPTED)
     # The disk has refused something, which was said when it did.
     return USER_ERROR if files.failure or results.failure else INTERRUPTED if is_interrupted else 0
+
+
+def watch_run(
+    request: RunRequest, source: Source, meter: RunMeter, stream: MessageStream, stop: threading.Event
+) -> RunWatch:
+    """Who looks after the run: --watchdog-s, systemd, and consumers that want to know whether the camera is there."""
+    return RunWatch(
+        lambda: meter.num_read,
+        is_away=lambda: isinstance(source, LiveSource) and source.is_silent,
+        limit_s=request.watchdog_s,
+        on_silence=stop.set,
+        on_look=lambda is_away: stream.note_camera(is_away=is_away),
+        manager=ServiceManager(),
+    )
 
 
 def take_readings(publisher: Publisher | None, external: ExternalReadings | None) -> None:

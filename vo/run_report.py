@@ -14,6 +14,7 @@ from vo.pipeline import summarise
 from vo.recorder import CONFIG_NAME, PLOT_NAME, SUMMARY_NAME, TUM_NAME, Recorder
 from vo.run_meter import RunMeter
 from vo.sources import SkippedFrame, Source
+from vo.sources.base import LiveReport
 from vo.summary import RunSummary
 from vo.trajectory import Trajectory, read_trajectory
 from vo.types import FloatArray, PoseEstimate, VoError
@@ -114,6 +115,8 @@ def report_lines(
         f"{f' (interrupted after {s.frames_processed})' if s.interrupted else ''}",
         f"speed       {s.fps:.1f} fps with {frontend} on {s.device}{_latency(s)}",
         f"per frame   {_means(s)}median ms: {', '.join(f'{stage.name} {stage.p50_ms:.1f}' for stage in s.stages)}",
+        *([_camera_line(s.live)] if s.live is not None else []),
+        *([f"images      {_conditions(s)}"] if s.image_conditions else []),
         *(f"skipped     {frame.name}: {frame.reason}" for frame in skipped[:_MAX_LISTED]),
         *([f"skipped     and {num_more} more"] if (num_more := sum(s.count for s in skipped[_MAX_LISTED:])) else []),
         *(f"fallback    {fallback}" for fallback in s.fallbacks),
@@ -127,6 +130,15 @@ def report_lines(
     if not_evaluated is not None:
         lines.append(f"evaluation  none: {not_evaluated}")
     return lines
+
+
+def _camera_line(live: LiveReport) -> str:
+    gone = f"; gone {_times(live.reconnects)}, for {live.away_s:.1f} s" if live.reconnects else ""
+    return f"camera      {live.negotiated}; measured {live.measured_fps:.2f} fps; times: {live.clock}{gone}"
+
+
+def _conditions(summary: RunSummary) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} in {count}" for name, count in summary.image_conditions)
 
 
 def _times(count: int) -> str:

@@ -35,6 +35,8 @@ _CLOSE_AFTER_S = 0.3
 # Frames of a camera that are under way at once, from before the upload to the pose: one is being extracted while the
 # one before is matched and posed. More would wait in front of the slowest stage and only grow old there.
 _NUM_IN_FLIGHT = 2
+# The time of a live frame that is older, or lies ahead, is on another clock.
+_MAX_AGE_NS = 10_000_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -276,6 +278,8 @@ class Stages:
                 if self._stop.wait(max(0, due_ns - now_ns) * 1e-9):
                     return
                 now_ns = due_ns
+            elif self._source.is_live and 0 <= now_ns - frame.timestamp_ns < _MAX_AGE_NS:
+                now_ns = frame.timestamp_ns  # a camera's own time is on the monotonic clock
             self._meter.num_read += 1
             yield Captured(frame, now_ns)
 

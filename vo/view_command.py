@@ -5,17 +5,16 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING
 
+from vo.interrupts import stop_on_signals
 from vo.keys import ClientKeys
 from vo.output import OutputError
 from vo.scene import Layer
@@ -84,7 +83,7 @@ def view_command(request: ViewRequest) -> int:
     viewer = load_viewer(needs_display=not request.is_headless)
     view = ViewState(eye=request.eye, hidden=hidden)
     with ExitStack() as resources:
-        stop = resources.enter_context(_stop_on_signals())
+        stop = resources.enter_context(stop_on_signals())
         feed = resources.enter_context(SceneFeed(request.endpoint, request.keys))
         if request.is_headless:
             size = request.width, request.height
@@ -308,21 +307,3 @@ def _say_ready(ready_fd: int) -> None:
 
 def _say_written(path: Path) -> None:
     print(f"vo view: wrote {path}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that pictures are still written; the second one ends at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
