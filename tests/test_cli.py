@@ -350,7 +350,8 @@ def test_camera_file_of_another_size(drive: Path, tmp_path: Path, capfd: pytest.
 
 
 @pytest.mark.parametrize(
-    ("threaded", "number"), [("true", signal.SIGINT), ("true", signal.SIGTERM), ("false", signal.SIGINT)]
+    ("threaded", "number"),
+    [("true", signal.SIGINT), ("true", signal.SIGTERM), ("true", signal.SIGHUP), ("false", signal.SIGINT)],
 )
 def test_interrupt_writes_what_was_computed(drive: Path, tmp_path: Path, threaded: str, number: signal.Signals) -> None:
     output = tmp_path / "out"

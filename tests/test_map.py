@@ -364,3 +364,20 @@ def test_the_refined_trajectory_is_better_than_the_online_one(tmp_path):
     written = read_trajectory(tmp_path / "trajectory_refined_tum.txt")
     np.testing.assert_allclose(written.T_world_camera, refined.poses(), atol=1e-6)
     odometry.close()
+
+
+def test_a_camera_found_in_an_old_keyframe_does_not_revive_dead_tracks():
+    """Features of an older keyframe without a landmark have lost their tracks meanwhile."""
+    odometry = Odometry(CAMERA, OdometryConfig(**SETTINGS, window_size=2), TwoViewConfig(), match_exactly)
+    poses = driving_path(60)
+    steps = follow(odometry, corridor(), poses, noise_px=1.0)
+    old = odometry._map.window.older[1]
+    dead = np.setdiff1d(old.track_ids[odometry.tracks.landmarks(old.track_ids)[1]], steps[-1].tracks.track_ids)[::2]
+    odometry.tracks.drop_landmarks(dead)
+    odometry.tracks.prune(np.setdiff1d(odometry.tracks._ids, dead))
+    (lost,) = follow(odometry, corridor(seed=9), [poses[-1]], start=60, seed=1)
+    assert lost.pose.status is TrackingStatus.LOST and len(dead) > 20
+    found = follow(odometry, corridor(), poses[old.frame_index : old.frame_index + 4], noise_px=1.0, start=61)
+    assert [step.pose.status for step in found[:2]] == [TrackingStatus.RELOCALIZED, TrackingStatus.TRACKING]
+    assert {step.pose.segment_id for step in found} == {0}
+    odometry.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -117,6 +118,18 @@ def test_container_times_that_stop_rising_are_skipped() -> None:
     source = VideoSource("clip", capture, CAMERA)
     assert [frame.index for frame in source.frames()] == [0, 1, 2, 5]
     assert [skipped.index for skipped in source.skipped] == [3, 4]
+
+
+@pytest.mark.parametrize("later_ms", [0.0, 1000.0], ids=["a counter that ran over", "a clock that was set back"])
+def test_a_clock_that_was_set_back_is_taken_on(later_ms: float) -> None:
+    """Hours back, as where the 33-bit counter of a transport stream runs over: no frame is lost."""
+    hours_ms = 26.5 * 3_600_000
+    positions_ms = [hours_ms, hours_ms + 40, hours_ms + 80, later_ms, later_ms + 40, later_ms + 80]
+    source = VideoSource("clip", FakeCapture([image(1)] * 6, positions_ms), CAMERA)
+    assert np.diff(times_ns(source)).tolist() == [40_000_000] * 5
+    (noted,) = source.skipped
+    assert (noted.index, noted.is_kept) == (3, True)
+    assert re.match(r"kept: the clock went back by \d+\.\d s", noted.reason)
 
 
 def test_video_frames_that_cannot_be_decoded_are_skipped() -> None:

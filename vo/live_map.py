@@ -134,6 +134,8 @@ class LiveMap:
             found = match(keyframe.features, view.features)
             view.track_ids[:] = -1
             view.track_ids[found.indices[:, 1]] = keyframe.track_ids[found.indices[:, 0]]
+            # Of what an older keyframe saw, only landmarks live on.
+            view.track_ids[~self.tracks.alive(view.track_ids)] = -1
             points, has_landmark = self.tracks.landmarks(view.track_ids)
             rows = np.flatnonzero(has_landmark)
             threshold_px, min_inliers = self._config.pose_threshold_px, 2 * self._config.min_inliers
