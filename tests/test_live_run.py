@@ -97,22 +97,23 @@ def test_a_camera_that_is_killed_twenty_times_comes_back_into_the_same_map(capfd
     num_kills = 0
     with CameraServer(images(), fps=15.0) as server:
         kill_at = 12  # the map has begun by then
+        is_back = True
 
         def watch(result: FrameResult, stop: threading.Event) -> None:
-            nonlocal num_kills, kill_at
+            nonlocal num_kills, kill_at, is_back
             seen.append(result.step.pose)
             if result.captured.frame.follows_gap:
                 after_gaps.append(result.step.pose)
+                is_back, kill_at = True, len(seen) + rng.randint(0, 3)
             is_tracked = result.step.pose.status in (TrackingStatus.TRACKING, TrackingStatus.RELOCALIZED)
-            if len(seen) < kill_at or not is_tracked:
+            if not is_back or not is_tracked or len(seen) < kill_at:
                 return
             if num_kills == 20:
                 stop.set()
                 return
-            num_kills += 1
-            kill_at = len(seen) + rng.randint(2, 6)
+            num_kills, is_back = num_kills + 1, False
             server.kill()
-            threading.Timer(rng.uniform(0.0, 0.3), server.start).start()
+            threading.Timer(rng.uniform(0.0, 0.2), server.start).start()
 
         summary = run_before(server, watch)
     assert num_kills == 20

@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import http.server
 import socket
-import struct
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -72,7 +72,7 @@ class CameraServer:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
 
     def kill(self) -> None:
-        """Ends at once, as a process that is killed: connections are reset."""
+        """Ends at once, as a process that is killed: in the middle of an image."""
         server, self._server = self._server, None
         if server is None:
             return
@@ -80,9 +80,8 @@ class CameraServer:
         server.server_close()
         with self._lock:
             for connection in self._connections:
-                # Lingering for zero seconds: the other side gets a reset and not an orderly end.
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                connection.close()
+                with suppress(OSError):  # the other side may have gone first
+                    connection.shutdown(socket.SHUT_RDWR)
             self._connections.clear()
 
     def stall(self, is_stalled: bool = True) -> None:
