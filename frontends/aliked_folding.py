@@ -69,6 +69,7 @@ class FoldedConv2d(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    is_planar = False
 
     def __init__(
         self, conv: nn.Conv2d, *, gain: float, shift: float, norm: nn.BatchNorm2d | None = None, run: int = 1
@@ -84,7 +85,10 @@ class FoldedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Channels-last (B, C, H, W) -> channels-last (B, D, H, W), with W a multiple of `run`."""
-        out = convolve(x, self.weight, self.bias, stride=(1, self.run)).contiguous(memory_format=torch.channels_last)
+        weight = self.weight
+        if self.is_planar:
+            x, weight = x.contiguous(), weight.contiguous()
+        out = convolve(x, weight, self.bias, stride=(1, self.run)).contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
         return out.permute(0, 2, 3, 1).view(batch, height, width, -1).permute(0, 3, 1, 2)
 

@@ -8,7 +8,7 @@ the branches, norm included (aliked_descriptors.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -151,17 +151,26 @@ class AlikedInference(nn.Module):
         return KernelSampler(block1, coarse, layout, self.fine_branch, self.selu, self.kernels)
 
     @contextmanager
-    def using(self, kernels: Kernels | None) -> Iterator[None]:
-        """Inside, kernels of our own take the place of PyTorch's operations; None: they do not."""
+    def using(self, kernels: Kernels | None, *, is_planar: bool = False) -> Iterator[None]:
+        """Inside, kernels of our own take the place of PyTorch's operations, unless they are None.
+
+        is_planar  convolutions get their maps channel by channel, which costs copies and may still be faster.
+        """
         users: list[Any] = [self, *(module for module in self.modules() if isinstance(module, FoldedDeformableConv2d))]
+        convolutions = [module for module in self.modules() if isinstance(module, FoldedConv2d)]
         before = self.kernels
-        for user in users:
-            user.kernels = kernels
+        _set(users, "kernels", kernels)
+        _set(convolutions, "is_planar", is_planar)
         try:
             yield
         finally:
-            for user in users:
-                user.kernels = before
+            _set(users, "kernels", before)
+            _set(convolutions, "is_planar", False)
+
+
+def _set(modules: Sequence[Any], name: str, value: object) -> None:
+    for module in modules:
+        setattr(module, name, value)
 
 
 class FoldedResidualBlock(nn.Module):

@@ -12,7 +12,7 @@ from frontends.aliked import Aliked, check_size
 from frontends.aliked_detection import RADIUS, Detections, detect, suppress_non_maxima
 from frontends.aliked_folding import Kernels
 from frontends.base import resized_shape, to_full_resolution
-from frontends.static_form import AreaResize, Program, StaticFeatures
+from frontends.static_form import AreaResize, ExtractorChoice, Program, StaticFeatures
 
 
 class AlikedStatic:
@@ -47,14 +47,18 @@ class AlikedStatic:
         is_there = importlib.util.find_spec("triton") is not None
         return ("torch", "triton") if is_there and self._extractor.device.type == "cuda" else ("torch",)
 
-    def program(self, shape: tuple[int, ...], precision: str, kernels: str) -> Program:
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        return ("stored", "benchmarked", "planar", "planar, benchmarked")
+
+    def program(self, shape: tuple[int, ...], choice: ExtractorChoice) -> Program:
         full = check_size(shape)
         config, network = self._extractor.config, self._extractor.network
         resized = resized_shape(*full, config.max_side)
         check_size((resized[1], resized[0]))
         shrink = None if resized == full else AreaResize(full, resized, self._extractor.device)
         layout = network.create_layout(resized[1], resized[0])
-        ours = _triton_kernels() if kernels == "triton" else None
+        ours = _triton_kernels() if choice.kernels == "triton" else None
         # On a CPU pooling is the slowest way there is.
         suppress = suppress_non_maxima if self._extractor.device.type == "cpu" else suppress_by_pooling
         if ours is not None:
@@ -63,7 +67,7 @@ class AlikedStatic:
         def run(image: Tensor) -> StaticFeatures:
             pixels = image if shrink is None else shrink(image)
             rgb = pixels if pixels.ndim == 3 else pixels.unsqueeze(-1).expand(-1, -1, 3)
-            with network.using(ours):
+            with network.using(ours, is_planar=choice.is_planar):
                 pyramid = network(rgb.permute(2, 0, 1).unsqueeze(0), layout)
                 found = detect(
                     pyramid.score_map,

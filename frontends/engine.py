@@ -150,6 +150,7 @@ class Engine:
         return TuningOptions(
             precisions=_candidates(config.extractor_precision, form.precisions, measures),
             kernels=kernels if measures else kernels[:1],
+            convolutions=form.convolutions if measures else form.convolutions[:1],
             compiles=compiles,
             compile_budget_s=config.compile_budget_s,
         )

@@ -14,16 +14,7 @@ from torch import Tensor
 from frontends.base import Features
 from frontends.feature_pool import FeaturePool, RowLayout, UploadRing
 from frontends.graphs import Backend, Graph, Lane, device_errors
-from frontends.static_form import StaticForm, arithmetic
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractorChoice:
-    """How the network is run: a precision of `StaticForm.precisions`, "torch" or "triton", compiled or not."""
-
-    precision: str = "float32"
-    kernels: str = "torch"
-    is_compiled: bool = False
+from frontends.static_form import ExtractorChoice, StaticForm, arithmetic
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +53,9 @@ class StaticExtractor:
     @property
     def precision(self) -> str:
         """For the summary of a run and the tables of a benchmark."""
-        parts = (self.choice.precision, *(["compiled"] if self.choice.is_compiled else []), "static shapes")
-        return ", ".join(parts)
+        choice = self.choice
+        parts = [choice.precision, f"{choice.kernels} kernels", f"{choice.convolutions} convolutions"]
+        return ", ".join([*parts, *(["compiled"] if choice.is_compiled else [])])
 
     def extract(self, image: NDArray[np.uint8]) -> Features:
         """Features of one image (H, W, 3) RGB or (H, W) gray, uint8, best first; rows beyond `num_valid` are zeros.
@@ -106,7 +98,7 @@ class StaticExtractor:
             row = torch.zeros(self.layout.length, device=self._backend.device)
             function = self._function(image, row)
             name = f"{self.kind} {'x'.join(str(side) for side in shape)} {self.choice.precision}"
-            with arithmetic(self.choice.precision):
+            with arithmetic(self.choice.precision, self.choice.is_benchmarked):
                 graph = self._backend.capture(name, function, self.lane, (image, row))
             uploads = UploadRing(shape, self._upload_slots, self._backend, self._upload_lane)
             self._prepared[shape] = _Prepared(image, row, graph, uploads, (shape[1], shape[0]))
@@ -114,7 +106,7 @@ class StaticExtractor:
 
     def _function(self, image: Tensor, row: Tensor) -> Callable[[], None]:
         """What is captured: from one fixed buffer to the other."""
-        program = self.form.program(tuple(image.shape), self.choice.precision, self.choice.kernels)
+        program = self.form.program(tuple(image.shape), self.choice)
         if self.choice.is_compiled:
             program = torch.compile(program, dynamic=False)
         image_size = (image.shape[1], image.shape[0])

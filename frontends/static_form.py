@@ -21,6 +21,31 @@ class StaticFeatures:
     count: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ExtractorChoice:
+    """How an extractor is run; what it finds does not depend on it, but for the precision.
+
+    precision     one of `StaticForm.precisions`.
+    kernels       "torch", or "triton" for kernels of our own.
+    convolutions  one of `StaticForm.convolutions`: "stored" takes the maps as they lie in memory (channels last),
+                  "planar" channel by channel; "benchmarked" has cuDNN try its algorithms, in either.
+    is_compiled   by torch.compile.
+    """
+
+    precision: str = "float32"
+    kernels: str = "torch"
+    convolutions: str = "stored"
+    is_compiled: bool = False
+
+    @property
+    def is_planar(self) -> bool:
+        return self.convolutions.startswith("planar")
+
+    @property
+    def is_benchmarked(self) -> bool:
+        return self.convolutions.endswith("benchmarked")
+
+
 Program = Callable[[Tensor], StaticFeatures]
 """From an image (H, W, 3) or (H, W) uint8 on the device to its features, without a look at any value."""
 
@@ -49,26 +74,33 @@ class StaticForm(Protocol):
         """Whose kernels there are, "torch" first; "triton" where they can run."""
         ...
 
-    def program(self, shape: tuple[int, ...], precision: str, kernels: str) -> Program:
-        """For images of a shape; `kernels` is "torch" or "triton". Raises ValueError for a shape it does not take."""
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        """Ways to run the convolutions, the stored layout first."""
+        ...
+
+    def program(self, shape: tuple[int, ...], choice: ExtractorChoice) -> Program:
+        """For images of a shape. Raises ValueError for a shape it does not take."""
         ...
 
 
 @contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
+def arithmetic(precision: str, is_benchmarked: bool = False) -> Iterator[None]:
     """Whether float32 products on a GPU may be rounded to TF32 inside; elsewhere, and for other types, no difference.
 
+    is_benchmarked  cuDNN tries all its algorithms for a convolution that it sees for the first time.
     The choice ends up in what is captured, so it holds for replays too.
     """
     # The older of PyTorch's two switches: it sets both, while the newer one alone makes reading the older an error, and
     # its compiler reads that.
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, convolution.allow_tf32
+    before = matmul.allow_tf32, convolution.allow_tf32, convolution.benchmark
     matmul.allow_tf32 = convolution.allow_tf32 = precision == "tf32"
+    convolution.benchmark = is_benchmarked
     try:
         yield
     finally:
-        matmul.allow_tf32, convolution.allow_tf32 = before
+        matmul.allow_tf32, convolution.allow_tf32, convolution.benchmark = before
 
 
 class AreaResize:

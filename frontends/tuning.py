@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from frontends.accuracy_gate import Agreement, Found, Image, agreement, find_in
 from frontends.base import Features, Matcher
 from frontends.graphs import device_errors
 from frontends.lightglue_static import LightGlueStatic, advance, assign, create_static
-from frontends.static_extractor import ExtractorChoice, StaticExtractor
+from frontends.static_extractor import StaticExtractor
+from frontends.static_form import ExtractorChoice
 from frontends.static_matcher import MatcherChoice, StaticMatcher
 
 MIN_KERNEL_GAIN = 1.3
@@ -39,6 +41,7 @@ class TuningOptions:
 
     precisions: tuple[str, ...]
     kernels: tuple[str, ...] = ("torch",)
+    convolutions: tuple[str, ...] = ("stored",)
     depths: tuple[str, ...] = ("whole",)
     widths: tuple[str, ...] = ("full",)
     compiles: bool = False
@@ -120,9 +123,9 @@ def tune_extractor(
     options: TuningOptions,
     clock: Clock = time.perf_counter,
 ) -> list[str]:
-    """Chooses precision, kernels and compilation of an extractor; one sentence per choice."""
+    """Chooses precision, convolutions, kernels and compilation of an extractor; one sentence per choice."""
     sentences = []
-    start = ExtractorChoice(options.precisions[0], options.kernels[0])
+    start = ExtractorChoice(options.precisions[0], options.kernels[0], options.convolutions[0])
     reference = _found(extractor, matcher, images, start)
 
     def trial(name: str, choice: ExtractorChoice, is_same: bool) -> Trial:
@@ -132,17 +135,15 @@ def tune_extractor(
         return Trial(name, ms, None if is_same else agreement(reference, found))
 
     best = start
-    if len(options.precisions) > 1:
-        choices = {name: replace(start, precision=name) for name in options.precisions}
-        trials = [trial(name, choice, choice == start) for name, choice in choices.items()]
-        best = choices[fastest(trials).name]
-        sentences.append(_sentence(f"{extractor.kind} precision", trials, fastest(trials)))
-    if len(options.kernels) > 1:
-        by_name = {name: replace(best, kernels=name) for name in options.kernels}
-        trials = [trial(name, choice, choice == start) for name, choice in by_name.items()]
-        chosen = fastest(trials, MIN_KERNEL_GAIN)
-        best = by_name[chosen.name]
-        sentences.append(_sentence(f"{extractor.kind} kernels", trials, chosen))
+    fields = (("precision", options.precisions), ("convolutions", options.convolutions), ("kernels", options.kernels))
+    for field, names in fields:
+        if len(names) > 1:
+            changes: dict[str, dict[str, Any]] = {name: {field: name} for name in names}
+            choices = {name: replace(best, **change) for name, change in changes.items()}
+            trials = [trial(name, choice, choice == start) for name, choice in choices.items()]
+            chosen = fastest(trials, MIN_KERNEL_GAIN if field == "kernels" else MIN_GAIN)
+            best = choices[chosen.name]
+            sentences.append(_sentence(f"{extractor.kind} {field}", trials, chosen))
     if options.compiles:
         trials = [trial("as written", best, best == start), trial("compiled", replace(best, is_compiled=True), False)]
         best = replace(best, is_compiled=fastest(trials).name == "compiled")

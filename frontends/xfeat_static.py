@@ -9,7 +9,7 @@ from torch.nn import functional
 from frontends.aliked_detection import window_maximum
 from frontends.base import per_axis, resized_shape, to_full_resolution
 from frontends.selection import CANDIDATES_PER_KEYPOINT, spread_order
-from frontends.static_form import AreaResize, Program, StaticFeatures
+from frontends.static_form import AreaResize, ExtractorChoice, Program, StaticFeatures
 from frontends.xfeat import (
     NMS_SIZE_PX,
     XFeat,
@@ -51,12 +51,16 @@ class XFeatStatic:
     def kernels(self) -> tuple[str, ...]:
         return ("torch",)
 
-    def program(self, shape: tuple[int, ...], precision: str, kernels: str) -> Program:
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        return ("stored", "benchmarked")
+
+    def program(self, shape: tuple[int, ...], choice: ExtractorChoice) -> Program:
         full = check_size(shape)
         config, device = self._extractor.config, self._extractor.device
         resized = resized_shape(*full, config.max_side)
         shrink = None if resized == full else AreaResize(full, resized, device)
-        network = self._network(precision)
+        network = self._network(choice.precision)
 
         def run(image: Tensor) -> StaticFeatures:
             pixels = image if shrink is None else shrink(image)

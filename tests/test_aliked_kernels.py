@@ -17,6 +17,7 @@ from test_aliked import random_network, smooth_image
 from frontends.aliked import Aliked, AlikedConfig
 from frontends.aliked_detection import suppress_non_maxima
 from frontends.aliked_static import AlikedStatic
+from frontends.static_form import ExtractorChoice
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'lightvo[dev]' on Linux)")
 from frontends import aliked_kernels
@@ -47,8 +48,8 @@ def test_the_whole_network_with_its_deformable_convolutions_and_features():
     extractor = Aliked(AlikedConfig(max_keypoints=48), random_network("t16").state_dict(), DEVICE)
     form, image = AlikedStatic(extractor), torch.from_numpy(smooth_image(64, 64)).to(DEVICE)
     with torch.no_grad():
-        expected = form.program(image.shape, "float32", "torch")(image)
-        found = form.program(image.shape, "float32", "triton")(image)
+        expected = form.program(image.shape, ExtractorChoice())(image)
+        found = form.program(image.shape, ExtractorChoice(kernels="triton"))(image)
     assert int(found.count) == int(expected.count) > 20
     # The scores of a random network saturate: of two neighbours that are all but equal either may be the keypoint.
     distances = (expected.keypoints[:, None] - found.keypoints[None]).norm(dim=2)

@@ -19,8 +19,8 @@ from frontends.engine import Engine, EngineConfig, create_engine
 from frontends.graphs import EmulatedBackend
 from frontends.lightglue import LightGlue, LightGlueConfig
 from frontends.lightglue_static import create_static
-from frontends.static_extractor import ExtractorChoice, StaticExtractor
-from frontends.static_form import arithmetic
+from frontends.static_extractor import StaticExtractor
+from frontends.static_form import ExtractorChoice, arithmetic
 from frontends.static_matcher import MatcherChoice, StaticMatcher
 from frontends.tuning import compile_steps, synthetic_images
 from frontends.weights import load_state_dict
@@ -151,7 +151,7 @@ def test_our_kernels_inside_graphs(images: list[Image]):
     extractor = made.extractor
     assert isinstance(extractor, StaticExtractor)
     reference = find(extractor, made.matcher, images[:4])
-    extractor.use(ExtractorChoice("float32", "triton"))
+    extractor.use(ExtractorChoice(kernels="triton"))
     found = agreement(reference, find(extractor, made.matcher, images[:4]))
     assert found.keypoints > 0.995 and found.matches > 0.99, str(found)
 
@@ -214,7 +214,7 @@ def test_everything_is_measured_and_said():
     made.warm_up(640, 480)
     assert not made.fallbacks
     said = " | ".join(made.choices)
-    assert all(what in said for what in ("precision", "kernels", "compilation", "depth")), said
+    assert all(what in said for what in ("precision", "convolutions", "kernels", "compilation", "depth")), said
 
 
 def test_an_image_of_another_size_is_prepared_for_when_it_comes(images: list[Image]):

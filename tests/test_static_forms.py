@@ -17,6 +17,7 @@ from test_lightglue import kornia_network, learned, planted_pair
 
 from frontends.aliked import Aliked, AlikedConfig
 from frontends.aliked_detection import suppress_non_maxima
+from frontends.aliked_folding import FoldedConv2d
 from frontends.aliked_static import AlikedStatic, suppress_by_pooling
 from frontends.base import Features, Matches
 from frontends.feature_pool import RowLayout
@@ -24,7 +25,7 @@ from frontends.graphs import EmulatedBackend
 from frontends.lightglue import LightGlue, LightGlueConfig
 from frontends.lightglue_static import DTYPES, ExitRule, LightGlueStatic
 from frontends.static_extractor import StaticExtractor
-from frontends.static_form import AreaResize, StaticForm, arithmetic
+from frontends.static_form import AreaResize, ExtractorChoice, StaticForm, arithmetic
 from frontends.static_matcher import MatcherChoice, StaticMatcher, fitting_bucket
 from frontends.weights import load_state_dict
 from frontends.xfeat import XFeat, XFeatConfig
@@ -112,6 +113,14 @@ def test_xfeat_with_fixed_shapes_finds_the_same(changes: dict[str, Any]):
     extractor = emulated(XFeatStatic(eager))
     for image in (smooth_image(96, 128), smooth_image(96, 128, seed=1), smooth_image(70, 90)[:, :, 0]):
         assert_same_features(extractor.extract(image), eager.extract(image))
+
+
+def test_maps_laid_out_otherwise_give_the_same():
+    eager = aliked()
+    extractor = emulated(AlikedStatic(eager))
+    extractor.use(ExtractorChoice(convolutions="planar, benchmarked"))
+    assert_same_features(extractor.extract(smooth_image(96, 128)), eager.extract(smooth_image(96, 128)))
+    assert not any(module.is_planar for module in eager.network.modules() if isinstance(module, FoldedConv2d))
 
 
 def test_an_image_without_a_keypoint_gives_none():
@@ -229,7 +238,7 @@ def test_the_arithmetic_of_products_is_put_back():
 
 
 def _on_fake_gpu(form: StaticForm, shape: tuple[int, ...], precision: str) -> None:
-    program = form.program(shape, precision, "torch")
+    program = form.program(shape, ExtractorChoice(precision, convolutions=form.convolutions[-1]))
     image = torch.empty(shape, dtype=torch.uint8, device=CUDA)
     with capturing(), arithmetic(precision):
         found = program(image)
