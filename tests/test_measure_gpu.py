@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from frontends.aliked import AlikedConfig
+from frontends.tuning import synthetic_images
 from vo.cli import build_parser
 from vo.config_loader import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import engine_ways  # noqa: E402
 import measure_gpu  # noqa: E402
 import write_benchmarks  # noqa: E402
 
@@ -94,6 +100,53 @@ def test_a_part_that_fails_leaves_the_others_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["gpu-fine.json"]
     said = capsys.readouterr().err
     assert "broken: ended with 2" in said and "long: not done after 7 s" in said and "failed: broken, long" in said
+
+
+class SmallScene:
+    """A source of an artificial scene; its images are smaller than those of any camera."""
+
+    def frames(self) -> Iterator[SimpleNamespace]:
+        return iter([SimpleNamespace(image=image) for image in synthetic_images((64, 96, 3), 12)])
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.mark.skipif("LIGHTVO_WEIGHTS" not in os.environ, reason="LIGHTVO_WEIGHTS is not set")
+def test_every_way_is_timed_and_held_to_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the CPU, where the times mean nothing; the table then stands on the page."""
+    monkeypatch.setattr(engine_ways, "open_source", lambda name: SmallScene())
+    monkeypatch.setattr(engine_ways, "SIZES", ((96, 64),))
+    monkeypatch.setattr(engine_ways, "EXTRACTORS", (lambda: AlikedConfig(max_keypoints=64),))
+    monkeypatch.setattr(engine_ways, "DEPTH_CAPACITY", 64)
+    assert engine_ways.main(["--device", "cpu", "--repeats", "1", "--capacities", "64", "--no-compile"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    ways = {row["way"]: row for row in tree["rows"] if row["network"] == "aliked-t16"}
+    assert set(ways) == {"float32", "tf32", "float32, benchmarked", "float32, planar", "float32, planar, benchmarked"}
+    assert ways["float32"]["keypoints"] is None and ways["float32, planar"]["keypoints"] > 0.99
+    matching = [row for row in tree["rows"] if row["network"].startswith("lightglue")]
+    assert {"float32", "bfloat16", "float32, one graph, wide pair, call"} <= {row["way"] for row in matching}
+    assert all(row["ms"] > 0 for row in tree["rows"])
+    (tmp_path / "gpu-engine.json").write_text(json.dumps(tree))
+    failed = {"counts": {"passed": 20, "failed": 1}, "failed": ["tests/test_gpu.py::test_a"]}
+    checked = {**{key: tree[key] for key in ("date", "machine", "versions", "command")}, **failed}
+    (tmp_path / "gpu-checks.json").write_text(json.dumps({"schema": measure_gpu.CHECKS_SCHEMA, **checked}))
+    assert write_benchmarks.main(["--results", str(tmp_path), "--output", str(tmp_path / "PAGE.md")]) == 0
+    text = (tmp_path / "PAGE.md").read_text()
+    assert "20 passed, 1 failed." in text and "- failed: `tests/test_gpu.py::test_a`" in text
+    assert "| aliked-t16 | 96x64 | 64 | float32, planar |" in text
+
+
+def test_the_checks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "..F\nFAILED tests/test_gpu.py::test_a - assert\n1 failed, 2 passed, 900 deselected in 5.00s\n"
+    monkeypatch.setattr(measure_gpu, "_run", lambda *_, **__: subprocess.CompletedProcess([], 1, said))
+    found = json.loads(measure_gpu.checks(measure_gpu.PARTS[0], "cpu"))
+    assert found["counts"] == {"failed": 1, "passed": 2} and found["failed"] == ["tests/test_gpu.py::test_a"]
+    monkeypatch.setattr(measure_gpu, "_run", lambda *_, **__: subprocess.CompletedProcess([], 4, "usage: ..."))
+    with pytest.raises(subprocess.CalledProcessError):
+        measure_gpu.checks(measure_gpu.PARTS[0], "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

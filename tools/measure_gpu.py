@@ -1,6 +1,6 @@
 """Measure on a GPU everything that BENCHMARKS.md says of one, in one call of about eight minutes.
 
-    LIGHTVO_WEIGHTS=DIR python tools/measure_gpu.py [--only aliked,xfeat,long,trajectory] [--output benchmarks]
+    LIGHTVO_WEIGHTS=DIR python tools/measure_gpu.py [--only checks,aliked,xfeat,...] [--output benchmarks]
 
 Needs the repository, the weights, and for the comparison kornia; no network and no data sets. Writes gpu-*.json; each
 part runs in a process of its own, and one that fails leaves the others alone. Then: python tools/write_benchmarks.py.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -31,11 +32,12 @@ from vo.trajectory import read_trajectory
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAJECTORY_SCHEMA = "lightvo-gpu-trajectory/1"
+CHECKS_SCHEMA = "lightvo-gpu-checks/1"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One process: `vo bench` with these flags, or, without any, the comparison of trajectories."""
+    """One process: `vo bench` with these flags, or what the name stands for in `MEASURERS`."""
 
     name: str
     flags: tuple[str, ...]
@@ -46,12 +48,14 @@ class Part:
 _STREAMS = ("--stream", "lossless,latest", "--stream-frames", "1800", "--stream-hz", "60")
 _COMPARED = ("--against", "kornia", "--repeats", "200", "--frames", "60")
 PARTS = (
-    Part("aliked", ("demo", *_COMPARED, *_STREAMS), 200),
-    Part("xfeat", ("demo", "--config", "xfeat", *_COMPARED, *_STREAMS), 160),
+    Part("checks", (), 150),
+    Part("aliked", ("demo", *_COMPARED, *_STREAMS), 160),
+    Part("xfeat", ("demo", "--config", "xfeat", *_COMPARED, *_STREAMS), 140),
     Part(
-        "long", ("demo", "--repeats", "20", "--frames", "60", "--stream", "lossless", "--stream-frames", "10000"), 240
+        "long", ("demo", "--repeats", "20", "--frames", "60", "--stream", "lossless", "--stream-frames", "10000"), 160
     ),
-    Part("trajectory", (), 200),
+    Part("engine", (), 140),
+    Part("trajectory", (), 120),
 )
 
 
@@ -81,7 +85,7 @@ def measured(part: Part, output: Path, device: str) -> bool:
     start_s = time.monotonic()
     path = output / f"gpu-{part.name}.json"
     try:
-        text = bench(part, device) if part.flags else trajectories(part, device)
+        text = MEASURERS.get(part.name, bench)(part, device)
     except subprocess.CalledProcessError as error:
         print(f"{part.name}: ended with {error.returncode}", file=sys.stderr)
         return False
@@ -97,6 +101,24 @@ def bench(part: Part, device: str) -> str:
     return _vo(["bench", *part.flags, "--device", device, "--json"], part.timeout_s)
 
 
+def checks(part: Part, device: str) -> str:
+    """The tests that only a GPU can run, and how many of them passed."""
+    arguments = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", "tests"]
+    done = _run(arguments, part.timeout_s, is_checked=False)
+    print(done.stdout[-4000:], file=sys.stderr, flush=True)
+    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", summary)}
+    if not counts:
+        raise subprocess.CalledProcessError(done.returncode, "pytest", done.stdout)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, flags=re.MULTILINE)
+    tree = {**_heading(CHECKS_SCHEMA, part, device), "counts": counts, "failed": failed}
+    return json.dumps(tree, indent=2) + "\n"
+
+
+def engine_ways(part: Part, device: str) -> str:
+    return _run(["tools/engine_ways.py", "--device", device], part.timeout_s).stdout
+
+
 def trajectories(part: Part, device: str) -> str:
     """The clip on the device and on the CPU in float32, with the same settings: how far the two paths are apart."""
     flags = ["--set", "frontend.matcher.precision=float32", "--publish", "off", "--quiet"]
@@ -109,13 +131,8 @@ def trajectories(part: Part, device: str) -> str:
         summary = json.loads(Path(directory, "ours", "summary.json").read_text(encoding="utf-8"))
     evaluation = compare(ours, theirs, "none").evaluation
     aligned = compare(ours, theirs, "sim3").evaluation
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
     tree = {
-        "schema": TRAJECTORY_SCHEMA,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", "tools/measure_gpu.py", "--only", part.name]),
-        "machine": asdict(read_machine(torch.get_num_threads(), gpu)),
-        "versions": dict(library_versions()),
+        **_heading(TRAJECTORY_SCHEMA, part, device),
         "source": "demo",
         "engine": summary["engine"],
         "fallbacks": summary["fallbacks"],
@@ -136,14 +153,35 @@ def _largest_step_difference(ours: np.ndarray, theirs: np.ndarray) -> float | No
     return float(np.linalg.norm(np.diff(ours, axis=0) - np.diff(theirs, axis=0), axis=1).max())
 
 
+def _heading(schema: str, part: Part, device: str) -> dict[str, object]:
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {
+        "schema": schema,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["python", "tools/measure_gpu.py", "--only", part.name]),
+        "machine": asdict(read_machine(torch.get_num_threads(), gpu)),
+        "versions": dict(library_versions()),
+    }
+
+
 def _vo(arguments: list[str], timeout_s: float) -> str:
+    return _run(["-m", "vo", *arguments], timeout_s).stdout
+
+
+def _run(arguments: list[str], timeout_s: float, *, is_checked: bool = True) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(entry for entry in (str(ROOT), os.environ.get("PYTHONPATH", "")) if entry)
-    command = [sys.executable, "-m", "vo", *arguments]
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, timeout=timeout_s, cwd=ROOT, env=environment
+    return subprocess.run(
+        [sys.executable, *arguments],
+        check=is_checked,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=timeout_s,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
     )
-    return done.stdout
+
+
+MEASURERS = {"checks": checks, "engine": engine_ways, "trajectory": trajectories}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from benchmark_tables import (
     table,
     trajectory_line,
 )
+from engine_tables import check_lines, engine_lines
 from peer_tables import peer_lines
 from proof_tables import batch_lines, fault_lines, guard_lines, known_pair_lines
 from wire_tables import wire_lines
@@ -46,6 +47,8 @@ SCHEMAS = {
     "lightvo-guard-check/1": "guard-check",
     "lightvo-mutation/1": "faults",
     "lightvo-gpu-trajectory/1": "gpu-trajectory",
+    "lightvo-gpu-engine/1": "gpu-engine",
+    "lightvo-gpu-checks/1": "gpu-checks",
     "lightvo-wire/1": "wire",
     "lightvo-stuck/1": "stuck",
     "lightvo-viewer/1": "viewer",
@@ -90,6 +93,18 @@ GPU_FIGURES = (
         "within the accuracy gate",
         "gpu-trajectory.json",
         "`rmse`",
+    ),
+    (
+        "every way to run the networks: precisions, own kernels, compiled, depth in one graph or in blocks",
+        "ALIKED 1.28 ms, XFeat 0.83 ms, LightGlue 0.56 ms of plain and compiled graphs",
+        "gpu-engine.json",
+        "`rows`",
+    ),
+    (
+        "parity with the CPU, no allocation and no synchronisation after the warm-up",
+        "all pass",
+        "gpu-checks.json",
+        "`counts`",
     ),
 )
 
@@ -219,7 +234,7 @@ def render(results: dict[str, list[Tree]]) -> str:
         "",
         *wire_lines(results["wire"], results["stuck"], results["viewer"]),
         *_proofs(results),
-        *_gpu(on_gpu, results["gpu-trajectory"]),
+        *_gpu(on_gpu, results["gpu-trajectory"], results["gpu-engine"], results["gpu-checks"]),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -294,15 +309,18 @@ def _commands(results: Sequence[Tree]) -> list[str]:
     return [f"- `{result['file']}`: `{result['command']}`" for result in results]
 
 
-def _gpu(results: Sequence[Tree], trajectories: Sequence[Tree]) -> list[str]:
-    files = {result["file"] for result in (*results, *trajectories)}
+def _gpu(
+    results: Sequence[Tree], trajectories: Sequence[Tree], engines: Sequence[Tree], checks: Sequence[Tree]
+) -> list[str]:
+    measured = [*results, *trajectories, *engines, *checks]
+    files = {result["file"] for result in measured}
     missing = [figure for figure in GPU_FIGURES if figure[2] not in files]
     if not files:
         return ["## GPU: not yet measured", "", *_gpu_table(missing)]
-    lines = ["## GPU", "", *machine_lines([*results, *trajectories]), ""]
+    lines = ["## GPU", "", *machine_lines(measured), "", *check_lines(checks)]
     lines += [*comparison_lines(results), "", *_reasons(results), *stage_lines(results), "", *stream_lines(results), ""]
-    lines += [*(line for result in trajectories for line in (trajectory_line(result), ""))]
-    lines += [*_commands([*results, *trajectories]), ""]
+    lines += [*(line for result in trajectories for line in (trajectory_line(result), "")), *engine_lines(engines)]
+    lines += [*_commands(measured), ""]
     return [*lines, "### Not yet measured", "", *_gpu_table(missing)] if missing else lines
 
 
