@@ -37,7 +37,7 @@ class AlikedConfig:
         ROUNDS, minimum=1, maximum=ROUNDS, help="1 keeps local maxima only; more add weaker peaks beside strong ones"
     )
     max_side: int | None = setting(None, minimum=64, help="larger images are shrunk to this longer side, px")
-    weights: str | None = setting(None, help="file of weights; none takes those of the registry")
+    weights: str | None = setting(None, help="file or name of weights; none: published, else ours")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -15,7 +15,7 @@ from frontends.loftr import Loftr, LoftrConfig, load_network, random_network
 from frontends.nearest import Nearest, NearestConfig
 from frontends.orb import Orb, OrbConfig
 from frontends.r2d2 import R2d2, R2d2Config
-from frontends.weights import WeightsFile, load_checkpoint, load_file, load_state_dict
+from frontends.weights import WeightsFile, load_checkpoint, load_extractor_weights, load_file, load_state_dict
 from frontends.weights_registry import REGISTRY
 from frontends.xfeat import XFeat, XFeatConfig
 from frontends.xfeat_star import OUR_MIN_CONFIDENCE, XFeatStar, XFeatStarConfig, has_fine_matcher
@@ -69,11 +69,11 @@ def create_extractor(config: ExtractorConfig, device: torch.device) -> LoadedExt
     """The extractor of a configuration, on the device; ORB stays on the CPU. Raises WeightsError."""
     match config:
         case AlikedConfig():
-            state_dict, file = load_state_dict(f"aliked-{config.variant}", config.weights)
-            return LoadedExtractor(Aliked(config, state_dict, device), file)
+            state_dict, file, remark = load_extractor_weights(f"aliked-{config.variant}", config.weights)
+            return LoadedExtractor(Aliked(config, state_dict, device), file, remark)
         case XFeatConfig():
-            state_dict, file = load_state_dict("xfeat", config.weights)
-            return LoadedExtractor(XFeat(config, state_dict, device), file)
+            state_dict, file, remark = load_extractor_weights("xfeat", config.weights)
+            return LoadedExtractor(XFeat(config, state_dict, device), file, remark)
         case R2d2Config():
             loaded, file = load_checkpoint("r2d2-small" if config.weights is None else "r2d2", config.weights)
             remark = _OUR_R2D2 if config.weights is None else None

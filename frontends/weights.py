@@ -57,6 +57,10 @@ _UNREADABLE = (
 )
 
 
+class MissingWeightsError(WeightsError):
+    """Weights that are nowhere to be had; those that are damaged are another matter."""
+
+
 class Origin(StrEnum):
     """Where a file of weights was found."""
 
@@ -148,6 +152,29 @@ def load_state_dict(
     return _parse(content, file), file
 
 
+def load_extractor_weights(
+    name: str, chosen: str | None = None, allow_download: bool = True
+) -> tuple[dict[str, Tensor], WeightsFile, str | None]:
+    """Like `load_state_dict`, with ours in the place of published weights that cannot be had; then one line says so.
+
+    chosen  None: the published ones, else ours. The name of either: those and no others. Else the path of a file.
+    Raises WeightsError; damaged weights are an error, not a reason to take others.
+    """
+    own = next((entry.name for entry in REGISTRY if entry.stands_in_for == name), None)
+    if chosen is not None:
+        is_name = chosen in (name, own)
+        tensors, file = load_state_dict(chosen, None, allow_download) if is_name else load_state_dict(name, chosen)
+        return tensors, file, None
+    try:
+        return (*load_state_dict(name, None, allow_download), None)
+    except MissingWeightsError:
+        if own is None:
+            raise
+        tensors, file = load_state_dict(own, None, allow_download=False)
+        remark = f"{own}, trained by lightvo and weaker, takes the place of the published {name}, which is not at hand"
+        return tensors, file, f"{remark}; get it with `vo weights fetch {name}`"
+
+
 def load_checkpoint(
     name: str, path: str | Path | None = None, allow_download: bool = True
 ) -> tuple[Checkpoint, WeightsFile]:
@@ -172,7 +199,7 @@ def _content(entry: WeightsEntry, path: str | Path | None, allow_download: bool)
     found = _find(entry)
     if found is None:
         if not allow_download:
-            raise WeightsError(_missing(entry, "downloading is off"))
+            raise MissingWeightsError(_missing(entry, "downloading is off"))
         return _downloaded(entry)
     file_path, origin, known = found
     content = _read(file_path)
@@ -263,17 +290,19 @@ def _missing(entry: WeightsEntry, reason: str) -> str:
 
 def _downloaded(entry: WeightsEntry) -> tuple[bytes, WeightsFile]:
     if not entry.files:
-        raise WeightsError(_missing(entry, ""))
+        raise MissingWeightsError(_missing(entry, ""))
     known = entry.files[0]
     if known.source_url is None:
-        raise WeightsError(_missing(entry, "it is not offered for download"))
+        raise MissingWeightsError(_missing(entry, "it is not offered for download"))
     try:
         content = download(known)
     except (OSError, http.client.HTTPException) as error:
-        raise WeightsError(_missing(entry, f"downloading {known.source_url} failed: {_reason(error)}")) from error
+        raise MissingWeightsError(
+            _missing(entry, f"downloading {known.source_url} failed: {_reason(error)}")
+        ) from error
     problem = _mismatch(known, content)
     if problem:
-        raise WeightsError(_missing(entry, f"{known.source_url} delivered {problem}"))
+        raise MissingWeightsError(_missing(entry, f"{known.source_url} delivered {problem}"))
     path = cache_directory() / known.file_name
     _store(content, path)
     return content, WeightsFile(entry.name, path, known.sha256, entry.licence, Origin.DOWNLOAD)

@@ -30,6 +30,7 @@ class WeightsEntry:
     files  forms it may take on disk; the first one is what is packaged or downloaded. None of weights whose hash nobody
            has recorded: they are never downloaded, and are used only where their path is given.
     page   where such weights are to be had by hand.
+    stands_in_for  the published weights whose place these take where those cannot be had.
     """
 
     name: str
@@ -40,6 +41,7 @@ class WeightsEntry:
     files: tuple[KnownFile, ...]
     is_ours: bool = False
     page: str | None = None
+    stands_in_for: str | None = None
 
     @property
     def file_name(self) -> str | None:
@@ -86,6 +88,12 @@ def _lightglue(features: str, fits: tuple[str, ...], shape: str, sha256: str, si
     file = KnownFile(file_name, sha256, size_bytes, source_url=f"{_LIGHTGLUE}/{file_name}")
     architecture = f"LightGlue, {shape}, width 256, 4 heads, 9 layers"
     return WeightsEntry(f"lightglue-{features}", architecture, "matcher", fits, "Apache-2.0", (file,))
+
+
+def _own(kind: str, architecture: str, sha256: str, size_bytes: int) -> WeightsEntry:
+    name = f"own-{kind}"
+    files = (KnownFile(f"{name}.safetensors", sha256, size_bytes),)
+    return WeightsEntry(name, architecture, "extractor", (kind,), "Apache-2.0", files, is_ours=True, stands_in_for=kind)
 
 
 def _lightglue_light(kind: str, packaged: KnownFile, trained: KnownFile) -> WeightsEntry:
@@ -160,6 +168,18 @@ REGISTRY: tuple[WeightsEntry, ...] = (
             ),
         ),
         is_ours=True,
+    ),
+    _own(
+        "aliked-t16",
+        "ALIKED t16, 0.19 M parameters",
+        "4de0af94a0d4ea09e549945155be61acd83064a6af8987fe1e7374c141b7d8a7",
+        777_056,
+    ),
+    _own(
+        "xfeat",
+        "XFeat, 0.66 M parameters",
+        "1b05e32e7257d55187a372053e21c3011940284166ca829473c463a4f97426f1",
+        2_650_736,
     ),
     _lightglue_light(
         "aliked-t16",

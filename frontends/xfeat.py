@@ -43,7 +43,7 @@ class XFeatConfig:
     detection_threshold: float = setting(0.05, minimum=0.0, maximum=1.0, help="probability a keypoint has to exceed")
     max_side: int | None = setting(None, minimum=64, help="larger images are shrunk to this longer side, px")
     precision: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="of the backbone's arithmetic")
-    weights: str | None = setting(None, help="file of weights; none takes those of the registry")
+    weights: str | None = setting(None, help="file or name of weights; none: published, else ours")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import benchmark_tables  # noqa: E402
 import matching_metrics  # noqa: E402
 import matching_quality  # noqa: E402
+import matching_tables  # noqa: E402
 import run_benchmarks  # noqa: E402
 import write_benchmarks  # noqa: E402
 
@@ -288,6 +289,34 @@ def test_matching_table_shows_what_it_costs() -> None:
     assert "| 1 | xfeat | nearest | 1 (0) | 100 | 60 | 30 | 0.300 | 1.000 / 1.000 | 1.00 / 1.00 |  |  | 10.0 |" in text
     assert "| 5 | xfeat | nearest | 1 (1) | 100 | 0 | 0 | 0.000 |  |  | 2.0 | 50 % | 10.0 |" in text
     assert "| 3.0 % (3.0 % to 3.0 %) |" in text and "| +0.5000 (+0.5000 to +0.5000) |" in text
+
+
+def test_our_weights_and_the_learned_matcher_are_compared_row_by_row() -> None:
+    def method(extractor: str, matcher: str, inliers: float, rotation: float, direction: float) -> dict[str, object]:
+        errors = {f"rotation_{kind}_deg": rotation for kind in ("median", "mean")}
+        counts = {"inliers": inliers, "true_inliers": inliers / 2, "precision": 0.5}
+        return {
+            "extractor": extractor,
+            "matcher": matcher,
+            "gap": 5,
+            "direction_mean_deg": direction,
+            **errors,
+            **counts,
+        }
+
+    full = matching_quality.FULL
+    published = [method("xfeat", full, 110, 0.9, 3.0), method("xfeat", "nearest", 100, 1.0, 2.0)]
+    text = "\n".join(matching_tables.matcher_gain_lines({"methods": published}))
+    assert "| 5 | xfeat | 110 % | 110 % | 0.500 to 0.500 | 0.90 | 1.50 | not in direction |" in text
+    assert matching_tables.own_weights_lines({"methods": published}) == []
+    for inliers, rotation, verdict in ((105, 0.94, "yes"), (104, 0.94, "no"), (120, 0.95, "no")):
+        own = method("own-xfeat", full, inliers, rotation, 3.0)
+        (row,) = [
+            line for line in matching_tables.own_weights_lines({"methods": [*published, own]}) if line.startswith("| 5")
+        ]
+        assert row.endswith(f"| {verdict} |"), (row, inliers, rotation)
+    unposed = {**method("own-xfeat", full, 0, 1.0, 1.0), "rotation_median_deg": None}
+    assert matching_tables.own_weights_lines({"methods": [*published, unposed]}) == []
 
 
 def test_committed_page_says_what_the_committed_figures_say() -> None:

@@ -289,7 +289,8 @@ def test_video_that_cannot_be_decoded(tmp_path: Path, capfd: pytest.CaptureFixtu
 def test_missing_weights_offline(drive: Path, tmp_path: Path) -> None:
     """One line with the remedy, before anything is written or computed."""
     output = tmp_path / "out"
-    process = vo_process("run", drive, "--publish", "off", "--output", output, env=offline(tmp_path))
+    arguments = ("--set", "frontend.extractor.weights=aliked-t16", "--publish", "off", "--output", output)
+    process = vo_process("run", drive, *arguments, env=offline(tmp_path))
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert len(err.splitlines()) == 1
@@ -299,7 +300,8 @@ def test_missing_weights_offline(drive: Path, tmp_path: Path) -> None:
 
 def test_missing_weights_offline_with_a_way_out(drive: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    arguments = ("--publish", "off", "--fallback-orb", "--max-frames", 5, "--output", output)
+    wanted = ("--set", "frontend.extractor.weights=aliked-t16")
+    arguments = (*wanted, "--publish", "off", "--fallback-orb", "--max-frames", 5, "--output", output)
     process = vo_process("run", drive, *arguments, env=offline(tmp_path))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -503,15 +505,18 @@ def test_weights_verify_finds_damage(
 def test_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LIGHTVO_WEIGHTS", raising=False)
-    assert vo("doctor", "--json") == 2, "the extractor's weights are missing"
+    assert vo("doctor", "--json") == 0, "our weights run in the place of the published ones"
     checks = {check["name"]: check for check in json.loads(capfd.readouterr().out)}
     assert checks["torch"]["state"] == checks["opencv-python"]["state"] == checks["device"]["state"] == "works"
     assert cv2.__version__.split(".")[0] in checks["opencv-python"]["detail"]
     missing = checks["weights aliked-t16"]
     assert (missing["state"], missing["remedy"]) == ("missing", "vo weights fetch aliked-t16")
-    assert checks["weights lightglue-light-aliked-t16"]["state"] == "works"
-    assert vo("doctor") == 2
-    assert re.search(r"missing +weights aliked-t16 +not at hand -> vo weights fetch", capfd.readouterr().out)
+    for ours in ("own-aliked-t16", "lightglue-light-aliked-t16"):
+        assert checks[f"weights {ours}"]["state"] == "works" and checks[f"weights {ours}"]["is_required"]
+    assert vo("doctor") == 0
+    assert re.search(
+        r"missing +weights aliked-t16 +not at hand \(optional\) -> vo weights fetch", capfd.readouterr().out
+    )
 
 
 def test_doctor_sees_a_port_in_use(free_port: int) -> None:
@@ -542,6 +547,23 @@ def test_bundled_clip_runs_on_orb(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert evaluation["coverage"] > 0.95
     assert evaluation["rpe_rot_deg"] < 0.2
     assert evaluation["ate_rmse_m"] < 0.1 * evaluation["path_length_m"]
+
+
+def test_bundled_clip_runs_on_our_weights_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What `make demo` does on a machine without internet: learned features, and one line that says whose they are."""
+    for name, value in offline(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LIGHTVO_WEIGHTS", raising=False)
+    arguments = ("--config", "demo", "--publish", "off", "--fallback-orb", "--max-frames", 25)
+    assert vo("run", "demo", *arguments, "--output", tmp_path / "out") == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if "own-aliked-t16" in line]
+    assert len(lines) == 1 and "vo weights fetch aliked-t16" in lines[0]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["fallbacks"]) == 1 and "own-aliked-t16" in summary["fallbacks"][0]
+    assert [used["name"] for used in summary["weights"]] == ["own-aliked-t16", "lightglue-light-aliked-t16"]
+    assert summary["evaluation"]["coverage"] > 0.9 and summary["evaluation"]["rpe_rot_deg"] < 0.2
 
 
 @needs_weights

@@ -74,6 +74,48 @@ def test_lightglue_takes_our_weights_for_the_extractor(kind: str, no_weights: No
     assert loaded.weights.origin is Origin.PACKAGE and loaded.matcher.fits == (kind,)
 
 
+@pytest.mark.parametrize(("config", "kind"), [(AlikedConfig(), "aliked-t16"), (XFeatConfig(), "xfeat")])
+def test_our_extractor_weights_stand_in_for_published_ones(config: Any, kind: str, no_weights: None) -> None:
+    loaded = create_extractor(config, CPU)
+    assert loaded.weights is not None and loaded.remark is not None and "\n" not in loaded.remark
+    assert (loaded.weights.name, loaded.weights.origin) == (f"own-{kind}", Origin.PACKAGE)
+    assert f"own-{kind}" in loaded.remark and f"vo weights fetch {kind}" in loaded.remark
+    matcher = create_matcher(LightGlueConfig(), loaded.extractor.kind, CPU).matcher
+    features0, features1 = (loaded.extractor.extract(image) for image in pair_of_images())
+    matches = matcher.match(features0, features1)
+    shifts = features0.valid_keypoints()[matches.indices[:, 0]] - features1.valid_keypoints()[matches.indices[:, 1]]
+    is_right = np.linalg.norm(shifts - [24, -16], axis=1) < 2
+    assert is_right.sum() > 200 and is_right.mean() > 0.9
+
+
+def test_weights_are_chosen_by_name_and_then_nothing_stands_in(no_weights: None) -> None:
+    chosen = create_extractor(AlikedConfig(weights="own-aliked-t16"), CPU)
+    assert chosen.weights is not None and chosen.weights.name == "own-aliked-t16" and chosen.remark is None
+    with pytest.raises(WeightsError, match="vo weights fetch aliked-t16"):
+        create_extractor(AlikedConfig(weights="aliked-t16"), CPU)
+    with pytest.raises(WeightsError, match="aliked-n16"):
+        create_extractor(AlikedConfig(variant="n16"), CPU)
+    with pytest.raises(WeightsError, match="no such file"):
+        create_extractor(AlikedConfig(weights="own-xfeat"), CPU)
+
+
+def test_damaged_weights_are_said_and_not_replaced(
+    no_weights: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "aliked-t16.pth").write_bytes(b"damaged")
+    monkeypatch.setenv("LIGHTVO_WEIGHTS", str(tmp_path))
+    with pytest.raises(WeightsError, match="7 bytes instead of") as error:
+        create_extractor(AlikedConfig(), CPU)
+    one_line(error, "aliked-t16")
+
+
+@needs_weights
+def test_published_weights_come_first_where_they_are_at_hand() -> None:
+    for config, name in ((AlikedConfig(), "aliked-t16"), (XFeatConfig(), "xfeat")):
+        loaded = create_extractor(config, CPU)
+        assert loaded.weights is not None and loaded.weights.name == name and loaded.remark is None
+
+
 def test_which_weights_match_which_features() -> None:
     assert matcher_weights("xfeat") == "lightglue-light-xfeat"
     assert matcher_weights("aliked-t16") == "lightglue-light-aliked-t16"
@@ -112,7 +154,9 @@ def test_a_retrained_file_is_used_unverified(tmp_path: Path) -> None:
     assert (loaded.weights.name, loaded.weights.is_verified, loaded.matcher.fits) == ("mine", False, ())
 
 
-@pytest.mark.parametrize("config", [AlikedConfig(), XFeatConfig(), AlikedConfig(variant="n32")])
+@pytest.mark.parametrize(
+    "config", [AlikedConfig(weights="aliked-t16"), XFeatConfig(weights="xfeat"), AlikedConfig(variant="n32")]
+)
 def test_missing_weights_are_one_line(config: AlikedConfig | XFeatConfig, no_weights: None) -> None:
     with pytest.raises(WeightsError) as error:
         create_extractor(config, CPU)

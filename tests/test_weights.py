@@ -133,6 +133,29 @@ def test_what_safetensors_say_of_their_network_is_read(tmp_path: Path) -> None:
     assert load_checkpoint("r2d2", path)[0].constructor is None
 
 
+@pytest.mark.parametrize("name", ["own-aliked-t16", "own-xfeat"])
+def test_our_extractors_come_with_the_package(name: str) -> None:
+    state_dict, file = load_state_dict(name, allow_download=False)
+    assert (file.origin, file.licence, file.is_verified) == (Origin.PACKAGE, "Apache-2.0", True)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state_dict.values())
+    with safetensors.safe_open(file.path, framework="pt") as archive:
+        metadata = archive.metadata()
+    assert metadata["name"] == name and metadata["licence"] == "Apache-2.0"
+    assert metadata["fits"] == name.removeprefix("own-")
+    assert {"architecture", "data", "recipe", "revision", "metrics", "trainer"} <= metadata.keys()
+
+
+@needs_weights
+@pytest.mark.parametrize("kind", ["aliked-t16", "xfeat"])
+def test_our_extractors_are_no_copies(kind: str, real_weights: Path) -> None:
+    """Trained from random parameters: no convolution inside a block resembles its published counterpart."""
+    published, own = (load_state_dict(name)[0] for name in (kind, f"own-{kind}"))
+    inside = "block1.0.layer.0.weight" if kind == "xfeat" else "block1.conv1.weight"
+    ours, theirs = (tensors[inside].flatten(1) for tensors in (own, published))
+    alike = torch.nn.functional.cosine_similarity(ours, theirs, dim=1)
+    assert float(alike.abs().median()) < 0.8
+
+
 @needs_weights
 @pytest.mark.parametrize("name", OURS)
 def test_our_packaged_weights_equal_the_trained_ones(

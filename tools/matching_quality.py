@@ -3,8 +3,9 @@
     python tools/matching_quality.py --source kitti:DIR --gaps 1,3,5 --json benchmarks/matching.json
 
 {ALIKED-T16, XFeat} x {LightGlue with all layers and points, LightGlue adaptive, mutual nearest neighbours}, for frames
-that lie the given numbers of frames apart; R2D2, XFeat* and LoFTR with the one matcher they have, where their weights
-are given (--extractors r2d2 --weights r2d2=FILE). Features are extracted once per frame and kept in memory. Prints the
+that lie the given numbers of frames apart; own-aliked-t16 and own-xfeat are the same networks with our weights. R2D2,
+XFeat* and LoFTR with the one matcher they have, where their weights are given (--extractors r2d2 --weights r2d2=FILE).
+Features are extracted once per frame and kept in memory. Prints the
 tables of BENCHMARKS.md; --json keeps the figures for tools/write_benchmarks.py.
 """
 
@@ -15,7 +16,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -44,6 +45,8 @@ SCHEMA = "lightvo-matching/1"
 EXTRACTORS = {
     "aliked-t16": ("frontend.extractor.name=aliked", "frontend.extractor.variant=t16"),
     "xfeat": ("frontend.extractor.name=xfeat",),
+    "own-aliked-t16": ("frontend.extractor.name=aliked", "frontend.extractor.weights=own-aliked-t16"),
+    "own-xfeat": ("frontend.extractor.name=xfeat", "frontend.extractor.weights=own-xfeat"),
     "r2d2": ("frontend.extractor.name=r2d2",),
     "xfeat-star": ("frontend.extractor.name=xfeat-star",),
     "loftr": ("frontend.extractor.name=loftr",),
@@ -188,17 +191,21 @@ def measure(
         extra = options.set if name == ADAPTIVE else []
         frontend = create_frontend(load_config(None, [*common, *overrides, *extra]).frontend, device)
         matchers[name] = frontend.matcher
-    progress = Progress(f"{extractor}: frame", len(sequence.frames))
-    features = []
-    for frame in sequence.frames:
-        features.append(frontend.extractor.extract(frame.image))
+    count = len(sequence.frames)
+    wanted = {
+        frame for gap in options.gaps for start in range(0, count - gap, options.step) for frame in (start, start + gap)
+    }
+    progress = Progress(f"{extractor}: frame", len(wanted))
+    features: dict[int, Features] = {}
+    for index in sorted(wanted):
+        features[index] = frontend.extractor.extract(sequence.frames[index].image)
         progress.advance()
     two_view = load_config(None, []).two_view
     found: dict[tuple[str, int], list[PairQuality]] = {}
     for gap in options.gaps:
-        starts = range(0, len(features) - gap, options.step)
+        starts = range(0, count - gap, options.step)
         if not starts:
-            raise SourceError(f"{options.source}: {len(features)} frames have no pair that is {gap} apart")
+            raise SourceError(f"{options.source}: {count} frames have no pair that is {gap} apart")
         progress = Progress(f"{extractor}: gap {gap}, pair", len(starts))
         for start in starts:
             pair = (start, start + gap)
@@ -210,7 +217,11 @@ def measure(
 
 
 def match_pair(
-    sequence: TrueSequence, features: list[Features], pair: tuple[int, int], matcher: Matcher, two_view: TwoViewConfig
+    sequence: TrueSequence,
+    features: Mapping[int, Features],
+    pair: tuple[int, int],
+    matcher: Matcher,
+    two_view: TwoViewConfig,
 ) -> PairQuality:
     """One pair; copies of the features, so that nothing a matcher kept of a frame shortens the time of some calls."""
     features0, features1 = (replace(features[index]) for index in pair)

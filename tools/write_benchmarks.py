@@ -27,6 +27,7 @@ from benchmark_tables import (
     trajectory_line,
 )
 from engine_tables import check_lines, engine_lines
+from matching_tables import matcher_gain_lines, own_weights_lines
 from peer_tables import peer_lines
 from proof_tables import batch_lines, fault_lines, guard_lines, known_pair_lines
 from wire_tables import wire_lines
@@ -291,7 +292,7 @@ def _proofs(results: dict[str, list[Tree]]) -> list[str]:
 def _matching(results: Sequence[Tree]) -> list[str]:
     lines: list[str] = []
     for result in results:
-        lines += [*matching_lines(result), ""]
+        lines += [*matching_lines(result), *matcher_gain_lines(result), *own_weights_lines(result), ""]
     return lines or ["Not measured yet.", ""]
 
 

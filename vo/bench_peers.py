@@ -28,7 +28,7 @@ from frontends.lightglue import LightGlueConfig
 from frontends.lightglue_network import published_names, read_architecture
 from frontends.nearest import NearestConfig
 from frontends.orb import OrbConfig
-from frontends.weights import load_file, load_state_dict
+from frontends.weights import load_extractor_weights, load_file, load_state_dict
 from frontends.xfeat import XFeatConfig
 from vo.config import FrontendConfig
 from vo.frontend import Frontend
@@ -94,7 +94,7 @@ def _kornia_extractor(
         raise NotComparable("kornia: has no ORB")
     if not isinstance(config.extractor, AlikedConfig | XFeatConfig):
         raise NotComparable(f"kornia: has no {config.extractor.name} other than what runs here")
-    state_dict, _ = load_state_dict(frontend.extractor.kind, config.extractor.weights)
+    state_dict, _, _ = load_extractor_weights(frontend.extractor.kind, config.extractor.weights)
     return KorniaExtractor(config.extractor, state_dict, kornia_feature, device)
 
 

@@ -33,7 +33,8 @@ LIBRARIES = (
 OPTIONAL_LIBRARIES = (("mcap", "mcap"), ("foxglove_schemas_protobuf", "foxglove-schemas-protobuf"))
 """What recordings need besides."""
 
-DEFAULT_WEIGHTS = ("aliked-t16", "lightglue-light-aliked-t16")
+# Without the published weights ours run in their place.
+DEFAULT_WEIGHTS = ("own-aliked-t16", "lightglue-light-aliked-t16")
 MIN_FREE_BYTES = 500_000_000
 
 
