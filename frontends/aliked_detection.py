@@ -74,9 +74,7 @@ def detect(
 def _spread(indices: Tensor, is_valid: Tensor, width: int, cell_px: int) -> Tensor:
     """Order (B, M) of flat indices (B, M): cells take turns, and what is not valid comes last."""
     pixels = torch.stack((indices % width, torch.div(indices, width, rounding_mode="floor")), dim=-1)
-    order = spread_order(pixels.float(), cell_px)
-    valid_first = torch.sort((~is_valid).gather(1, order).to(torch.uint8), dim=1, stable=True).indices
-    return order.gather(1, valid_first)
+    return spread_order(pixels.float(), cell_px, is_valid)
 
 
 def suppress_non_maxima(score_map: Tensor, num_rounds: int = ROUNDS) -> Tensor:

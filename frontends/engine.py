@@ -16,7 +16,8 @@ from frontends.accuracy_gate import Image
 from frontends.aliked import Aliked
 from frontends.aliked_static import AlikedStatic
 from frontends.base import DeviceError, Extractor, Matcher, check_settings, setting
-from frontends.graphs import Backend, CudaBackend, EmulatedBackend, GraphError, device_error
+from frontends.device_faults import device_error
+from frontends.graphs import Backend, CudaBackend, EmulatedBackend, GraphError
 from frontends.lightglue import LightGlue
 from frontends.lightglue_static import DTYPES
 from frontends.static_extractor import StaticExtractor

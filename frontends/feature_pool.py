@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from frontends.base import Features
-from frontends.graphs import Backend, Lane, Mark, device_errors
+from frontends.device_faults import device_faults
+from frontends.graphs import Backend, Lane, Mark
 
 HEADER = 4
 _ALIGNMENT = 4  # numbers: vectors of 16 bytes
@@ -160,7 +161,7 @@ class FeaturePool:
 
     def _grow(self) -> None:
         layout = self.layout
-        with device_errors(), self._lane:
+        with device_faults(), self._lane:
             # Not filled: nothing may be sent to the device here that another lane would have to wait for.
             rows = torch.empty((_SLOTS_AT_ONCE, layout.length), device=self._backend.device)
         hosts = self._backend.pinned(_SLOTS_AT_ONCE, layout.host_length)
@@ -177,7 +178,7 @@ class UploadRing:
     def __init__(self, shape: tuple[int, ...], num_slots: int, backend: Backend, lane: Lane) -> None:
         self.shape = shape
         self._lane = lane
-        with device_errors(), lane:
+        with device_faults(), lane:
             self._stops = [Stop(shape, backend) for _ in range(num_slots)]
         self._next = 0
 

@@ -9,8 +9,8 @@ and a lane that touches memory another lane may still be using.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frontends.base import DeviceError
+from frontends.device_faults import device_faults
 
 WARM_UP_CALLS = 3
 """Calls before a capture: libraries choose their algorithms, compilers compile, allocators get their memory."""
@@ -102,11 +102,11 @@ class CudaMark:
         self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        with device_errors():
+        with device_faults():
             self.event.synchronize()
 
     def is_done(self) -> bool:
-        with device_errors():
+        with device_faults():
             return bool(self.event.query())  # type: ignore[no-untyped-call]
 
 
@@ -180,7 +180,7 @@ class CudaBackend:
 
     def capture(self, name: str, function: Callable[[], None], lane: Lane, buffers: Sequence[Tensor]) -> Graph:
         assert isinstance(lane, CudaLane)
-        with device_errors(), torch.cuda.device(self._device), torch.no_grad():
+        with device_faults(), torch.cuda.device(self._device), torch.no_grad():
             # Work of the stream that made the buffers has to be over before another stream uses them.
             torch.cuda.synchronize(self._device)
             with lane:
@@ -195,40 +195,6 @@ class CudaBackend:
                 function()
             torch.cuda.synchronize(self._device)
         return CudaGraphReplay(graph, buffers)
-
-
-@contextmanager
-def device_errors() -> Iterator[None]:
-    """Turns what PyTorch raises for a device that fails into a DeviceError of one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        failure = device_error(error)
-        if failure is None:
-            raise
-        raise failure from error
-
-
-_DEVICE_FAULTS = ("CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STATUS", "NVRTC", "NCCL")
-
-
-def device_error(error: BaseException) -> DeviceError | None:
-    """The error of one line for what PyTorch raises where the device fails; None for any other.
-
-    What CUDA refuses in the middle of a capture is none: the device is sound, the function cannot be a graph.
-    """
-    if "captur" in str(error).lower():
-        return None
-    if isinstance(error, torch.OutOfMemoryError):
-        remedy = "lower max_keypoints or max_side, free the GPU, or use --device cpu"
-        return DeviceError(f"cuda: out of memory ({_first_line(error)}); {remedy}")
-    if isinstance(error, RuntimeError) and any(fault in str(error) for fault in _DEVICE_FAULTS):
-        return DeviceError(f"cuda: the device failed ({_first_line(error)}); check nvidia-smi, or use --device cpu")
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 # Emulation

@@ -11,10 +11,11 @@ CANDIDATES_PER_KEYPOINT = 4
 SPREAD_CELL_PX = 25
 
 
-def spread_order(keypoints: Tensor, cell_px: float) -> Tensor:
+def spread_order(keypoints: Tensor, cell_px: float, is_valid: Tensor | None = None) -> Tensor:
     """Order (..., M) that takes the best keypoint of every cell of the image first, then every cell's second best, ...
 
-    keypoints (..., M, 2) px, strongest first; within a round the stronger comes first. A camera is posed by points in
+    keypoints (..., M, 2) px, strongest first; within a round the stronger comes first. Those that are not valid
+    (..., M) stand behind all others in `keypoints`, and come last. A camera is posed by points in
     all directions and at all depths, while the strongest keypoints crowd on the best textured surface. Shapes depend
     on nothing but the input's, so that the order can be part of a CUDA graph.
     """
@@ -27,4 +28,6 @@ def spread_order(keypoints: Tensor, cell_px: float) -> Tensor:
     begins[..., 1:] = sorted_ids[..., 1:] != sorted_ids[..., :-1]
     first = torch.where(begins, positions, 0).cummax(dim=-1).values
     ranks = torch.empty_like(cell_ids).scatter_(-1, by_cell, positions - first)
+    if is_valid is not None:
+        ranks = torch.where(is_valid, ranks, cell_ids.shape[-1])
     return torch.sort(ranks, dim=-1, stable=True).indices

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from frontends.base import Features
+from frontends.device_faults import device_faults
 from frontends.feature_pool import FeaturePool, RowLayout, UploadRing
-from frontends.graphs import Backend, Graph, Lane, device_errors
+from frontends.graphs import Backend, Graph, Lane
 from frontends.static_form import ExtractorChoice, StaticForm, arithmetic
 
 
@@ -65,7 +66,7 @@ class StaticExtractor:
         """
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise ValueError(f"image: expected (H, W, 3) or (H, W) uint8, got {image.shape} {image.dtype}")
-        with self._lock, device_errors():
+        with self._lock, device_faults():
             prepared = self._prepared.get(image.shape) or self.prepare(image.shape)
             upload = prepared.uploads.send(image)
             loan = self.pool.lend()

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from frontends.base import Features, Matches
+from frontends.device_faults import device_faults
 from frontends.feature_pool import HEADER, RowLayout, lent_slot
-from frontends.graphs import Backend, Graph, Lane, device_errors
+from frontends.graphs import Backend, Graph, Lane
 from frontends.lightglue import LightGlue
 from frontends.lightglue_static import RESULT_HEADER, LightGlueStatic, PairState, create_static
 from frontends.static_form import arithmetic
@@ -104,7 +105,7 @@ class StaticMatcher:
             self.eager.check_fit(features.kind, features.descriptors.shape[1])
         if max(len(features0.scores), len(features1.scores)) > self.layout.capacity:
             return self.eager.match(features0, features1)
-        with self._lock, device_errors():
+        with self._lock, device_faults():
             captured = self._captured or self.prepare()
             with self.lane:
                 for number, features in enumerate((features0, features1)):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from frontends.accuracy_gate import Agreement, Found, Image, agreement, find_in
 from frontends.base import Features, Matcher
-from frontends.graphs import device_errors
+from frontends.device_faults import device_faults
 from frontends.lightglue_static import LightGlueStatic, advance, assign, create_static
 from frontends.static_extractor import StaticExtractor
 from frontends.static_form import ExtractorChoice
@@ -218,7 +218,7 @@ def _compiled_or_not(
     plain = trial("as written", choice, network, None)
     start_s = clock()
     try:
-        with device_errors():
+        with device_faults():
             compile_steps(compiled, options.compile_budget_s, clock)
         tried = trial("compiled", replace(choice, is_compiled=True), compiled, reference)
     except COMPILER_FAILURES as error:

@@ -89,9 +89,7 @@ def detect_static(maps: XFeatMaps, config: XFeatConfig) -> StaticFeatures:
     best, indices = scores.topk(num_candidates)
     points = torch.stack((indices % width, torch.div(indices, width, rounding_mode="floor")), dim=1)
     if config.spread_cell_px is not None:
-        # What is no peak takes its turn in the empty cells of the image, so it is sorted to the end.
-        order = spread_order(points.float(), config.spread_cell_px)
-        order = order[torch.sort((best <= 0)[order].to(torch.uint8), stable=True).indices][:capacity]
+        order = spread_order(points.float(), config.spread_cell_px, best > 0)[:capacity]
         points, best = points[order], best[order]
     is_valid = best > 0
     points = torch.where(is_valid.unsqueeze(1), points, 1)

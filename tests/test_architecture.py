@@ -78,7 +78,6 @@ LAYERS = (
         "vo.keys_command",
         "vo.recorder",
         "vo.refined",
-        "vo.device_faults",
         "vo.frontend",
         "vo.mcap_recorder",
         "vo.replay",

@@ -20,10 +20,10 @@ from test_pipeline import PointExtractor, PointMatcher, PointSource, point_front
 import vo.frontend
 import vo.run_command
 from frontends.base import DeviceError, Features, Matches
+from frontends.device_faults import device_error
 from frontends.engine import Engine
 from vo.cli import main
 from vo.config import Config
-from vo.device_faults import device_error
 from vo.frontend import Frontend, on_device
 from vo.pipeline import run
 from vo.run_meter import RunMeter

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from frontends.base import Extractor, Features, Matcher, Matches
+from frontends.device_faults import device_faults
 from vo.bench_compare import WARM_UP_CALLS, Conditions, compare
 from vo.bench_machine import CpuWatch, Machine, portable_source, read_machine
 from vo.bench_peers import NotComparable, create_peer
@@ -25,7 +26,6 @@ from vo.bench_statistics import time_call, timing
 from vo.bench_stream import MODES, StreamTiming, measure_stream
 from vo.config import Config, FrontendConfig
 from vo.config_loader import load_config
-from vo.device_faults import device_faults
 from vo.frontend import Frontend, create_frontend, device_name, select_device, warmed_up
 from vo.odometry import Odometry
 from vo.progress import Advance, progress

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from frontends.base import DeviceError, Extractor, Matcher
+from frontends.device_faults import device_faults
 from frontends.engine import Engine, create_engine
 from frontends.frontend import create_extractor, create_matcher
 from frontends.nearest import NearestConfig
 from frontends.orb import OrbConfig
 from vo.config import Config, FrontendConfig
-from vo.device_faults import device_faults
 from vo.summary import UsedWeights
 from vo.types import Camera, ConfigError, WeightsError
 

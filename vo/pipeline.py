@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from frontends.device_faults import device_faults
 from vo.config import Config, GroundTruthScaleConfig
-from vo.device_faults import device_faults
 from vo.frontend import Frontend
 from vo.match_ahead import MatchAhead
 from vo.odometry import Odometry

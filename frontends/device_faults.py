@@ -26,11 +26,16 @@ def device_faults() -> Iterator[None]:
 
 
 def device_error(error: BaseException) -> DeviceError | None:
-    """The error of one line for what PyTorch raises where the device fails; None for any other."""
+    """The error of one line for what PyTorch raises where the device fails; None for any other.
+
+    What CUDA refuses in the middle of a capture is none: the device is sound, the function cannot be a graph.
+    """
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if isinstance(error, torch.OutOfMemoryError):
         remedy = "lower frontend.extractor.max_keypoints or max_side, free the GPU, or use --device cpu"
         return DeviceError(f"frontend.device: the GPU is out of memory ({reason}); {remedy}")
+    if "captur" in str(error).lower():
+        return None
     is_fault = isinstance(error, torch.AcceleratorError) or any(fault in reason for fault in _FAULTS)
     if isinstance(error, RuntimeError) and is_fault:
         return DeviceError(f"frontend.device: the GPU failed ({reason}); check nvidia-smi, or use --device cpu")
