@@ -64,23 +64,27 @@ class AlikedStatic:
         if ours is not None:
             suppress = ours.suppress
 
-        def run(image: Tensor) -> StaticFeatures:
+        def plain(image: Tensor) -> StaticFeatures:
             pixels = image if shrink is None else shrink(image)
             rgb = pixels if pixels.ndim == 3 else pixels.unsqueeze(-1).expand(-1, -1, 3)
-            with network.using(ours, is_planar=choice.is_planar):
-                pyramid = network(rgb.permute(2, 0, 1).unsqueeze(0), layout)
-                found = detect(
-                    pyramid.score_map,
-                    config.max_keypoints,
-                    config.score_threshold,
-                    config.suppression_rounds,
-                    config.spread_cell_px,
-                    suppress,
-                )
-                descriptors = network.describe(pyramid, found.keypoints)[0]
+            pyramid = network(rgb.permute(2, 0, 1).unsqueeze(0), layout)
+            found = detect(
+                pyramid.score_map,
+                config.max_keypoints,
+                config.score_threshold,
+                config.suppression_rounds,
+                config.spread_cell_px,
+                suppress,
+            )
+            descriptors = network.describe(pyramid, found.keypoints)[0]
             return _features(found, descriptors, resized, full)
 
-        return run
+        def changed(image: Tensor) -> StaticFeatures:
+            with network.using(ours, is_planar=choice.is_planar):
+                return plain(image)
+
+        # The compiler sees through the plain one more easily.
+        return plain if ours is None and not choice.is_planar else changed
 
 
 def _triton_kernels() -> Kernels:

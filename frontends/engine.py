@@ -104,14 +104,17 @@ class Engine:
     def warm_up(self, width: int, height: int, channels: int = 3, images: Sequence[Image] = ()) -> None:
         """Captures and measures everything for images of width x height px with 3 (RGB) or 1 channel.
 
-        Call it before the threads of a run start. `images`, consecutive ones of that shape, are what is measured on and
-        held to the accuracy gate; without them an artificial scene is. An image of another shape is prepared for when
-        it comes, which takes a capture but no measuring. Raises DeviceError.
+        Call it before the threads of a run start. `images`, two or more consecutive ones, are what is measured on and
+        held to the accuracy gate, whatever size is named; without them an artificial scene is. An image of another
+        shape is prepared for when it comes, which takes a capture but no measuring. Raises DeviceError.
         """
         if not isinstance(self.extractor, StaticExtractor):
             return
-        shape = (height, width) if channels == 1 else (height, width, channels)
-        shown = [image for image in images if image.shape == shape] or synthetic_images(shape)
+        shape: tuple[int, ...] = (height, width) if channels == 1 else (height, width, channels)
+        # Images know best how they will come.
+        shape = images[0].shape if len(images) else shape
+        shown = [image for image in images if image.shape == shape]
+        shown = shown if len(shown) > 1 else synthetic_images(shape)
         try:
             if not self._is_tuned:
                 self.choices = tuple(self._tune(self.extractor, shown))

@@ -145,9 +145,14 @@ def tune_extractor(
             best = choices[chosen.name]
             sentences.append(_sentence(f"{extractor.kind} {field}", trials, chosen))
     if options.compiles:
-        trials = [trial("as written", best, best == start), trial("compiled", replace(best, is_compiled=True), False)]
-        best = replace(best, is_compiled=fastest(trials).name == "compiled")
-        sentences.append(_sentence(f"{extractor.kind} compilation", trials, fastest(trials)))
+        plain = trial("as written", best, best == start)
+        try:
+            trials = [plain, trial("compiled", replace(best, is_compiled=True), False)]
+        except COMPILER_FAILURES as error:
+            sentences.append(f"{extractor.kind} compilation: {_failure(error)}, runs as written")
+        else:
+            best = replace(best, is_compiled=fastest(trials).name == "compiled")
+            sentences.append(_sentence(f"{extractor.kind} compilation", trials, fastest(trials)))
     extractor.use(best)
     return sentences
 
@@ -222,9 +227,8 @@ def _compiled_or_not(
             compile_steps(compiled, options.compile_budget_s, clock)
         tried = trial("compiled", replace(choice, is_compiled=True), compiled, reference)
     except COMPILER_FAILURES as error:
-        reason = (str(error).splitlines() or [""])[0][:160]
         matcher.use(choice, network)
-        return choice, network, f"lightglue compilation: failed ({type(error).__name__}: {reason}), runs as written"
+        return choice, network, f"lightglue compilation: {_failure(error)}, runs as written"
     took_s = clock() - start_s
     chosen = fastest([plain, tried])
     sentence = f"{_sentence('lightglue compilation', [plain, tried], chosen)}, {took_s:.1f} s to compile"
@@ -244,6 +248,11 @@ def compile_steps(network: LightGlueStatic, budget_s: float, clock: Clock = time
         if clock() - start_s < budget_s:
             network.assign = torch.compile(assign, dynamic=False, fullgraph=True)
             network.result(pair)
+
+
+def _failure(error: BaseException) -> str:
+    reason = (str(error).splitlines() or [""])[0][:160]
+    return f"failed ({type(error).__name__}: {reason})"
 
 
 def _way_name(depth: str, width: str) -> str:

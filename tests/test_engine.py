@@ -38,8 +38,14 @@ from frontends.tuning import (
     tune_matcher,
 )
 from frontends.weights import load_state_dict
+from vo.config_loader import load_config
+from vo.frontend import create_frontend, warmed_up
+from vo.pipeline import run
 from vo.sources import open_source
+from vo.stages import FrameResult
 from vo.types import SourceError
+
+CPU = torch.device("cpu")
 
 
 class LentMemory:
@@ -220,6 +226,23 @@ def test_graphs_that_cannot_be_captured(graphs: str, monkeypatch: pytest.MonkeyP
     assert engine.fallbacks[0] in caplog.text
 
 
+@pytest.mark.skipif("LIGHTVO_WEIGHTS" not in os.environ, reason="LIGHTVO_WEIGHTS is not set")
+def test_a_run_with_threads_takes_the_same_path_whatever_runs_the_networks():
+    overrides = ["frontend.extractor.max_keypoints=192", "frontend.extractor.max_side=200", "publisher.endpoint=off"]
+    paths = []
+    for graphs in ("off", "emulated"):
+        config = load_config(
+            None, [*overrides, f"frontend.engine.graphs={graphs}", "frontend.matcher.precision=float32"]
+        )
+        source = open_source("demo")
+        frontend = warmed_up(create_frontend(config.frontend, CPU), CPU, source.camera)
+        assert frontend.engine is not None and frontend.engine.is_static == (graphs == "emulated")
+        results: list[FrameResult] = []
+        run(config, source, frontend, [results.append], threaded=True, max_frames=12)
+        paths.append([(each.step.pose.status, each.step.pose.num_matches) for each in results])
+    assert len(paths[0]) == 12 and paths[0] == paths[1]
+
+
 # Choosing
 
 
@@ -291,6 +314,27 @@ def test_extractors_are_tuned_too(monkeypatch: pytest.MonkeyPatch):
     sentences = tune_extractor(extractor, Nearest(), moving_images(3), options, clock)
     assert extractor.choice.precision == "tf32"
     assert sentences == ["aliked-t16 precision: tf32 (float32 2.00 ms; tf32 1.00 ms)"]
+
+
+def test_an_extractor_that_cannot_be_compiled_runs_as_written(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Unsupported: a context manager\nmore")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    extractor = StaticExtractor(AlikedStatic(small_aliked()), EmulatedBackend(CPU))
+    options = TuningOptions(("float32",), compiles=True, num_repeats=1)
+    images = moving_images(3)
+    sentences = tune_extractor(extractor, Nearest(), images, options, SteppingClock(lambda: 1e-3))
+    assert sentences == [
+        "aliked-t16 compilation: failed (RuntimeError: Unsupported: a context manager), runs as written"
+    ]
+    assert extractor.extract(images[0]).num_valid > 0
+
+
+def test_the_images_at_hand_are_prepared_for():
+    engine = engine_of(small_aliked(), small_lightglue())
+    engine.warm_up(640, 480, 3, [image[:, :, 0] for image in moving_images(3)])
+    assert isinstance(engine.extractor, StaticExtractor) and list(engine.extractor._prepared) == [(64, 96)]
 
 
 def test_a_kernel_of_our_own_has_to_be_worth_it():
