@@ -164,6 +164,7 @@ class CudaBackend:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pools: dict[int, Any] = {}
+        self._keepers: list[object] = []
 
     @property
     def device(self) -> torch.device:
@@ -188,13 +189,31 @@ class CudaBackend:
                     function()
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            pool = self._pools.setdefault(id(lane), torch.cuda.graph_pool_handle())
+            pool = self._pool(lane)
             # Other threads may use CUDA meanwhile (an image of a new shape in the middle of a run): only what this
             # thread does may break its capture.
             with torch.cuda.graph(graph, pool=pool, stream=lane.stream, capture_error_mode="thread_local"):
                 function()
             torch.cuda.synchronize(self._device)
         return CudaGraphReplay(graph, buffers)
+
+    def _pool(self, lane: CudaLane) -> Any:
+        """The pool of a lane; made with a graph that is never replayed and outlives all others.
+
+        A pool whose last graph is gone must not be captured into again, and ways that are tried and dropped would come
+        to that.
+        """
+        if id(lane) not in self._pools:
+            self._pools[id(lane)] = torch.cuda.graph_pool_handle()
+            self._keepers.append(self._keeper(self._pools[id(lane)], lane))
+        return self._pools[id(lane)]
+
+    def _keeper(self, pool: Any, lane: CudaLane) -> object:
+        scrap, graph = torch.zeros(1, device=self._device), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.graph(graph, pool=pool, stream=lane.stream, capture_error_mode="thread_local"):
+            scrap.zero_()
+        return graph, scrap, lane
 
 
 # Emulation

@@ -207,6 +207,22 @@ def test_many_frames_leave_the_memory_as_it_is(images: list[Image]):
     assert torch.cuda.memory_reserved() == before
 
 
+def test_ways_can_be_dropped_and_taken_up_again(images: list[Image]):
+    """The graphs of the old way go before those of the new one are captured: their pool has to outlive them."""
+    made = engine("aliked-t16")
+    extractor, matcher = made.extractor, made.matcher
+    assert isinstance(extractor, StaticExtractor) and isinstance(matcher, StaticMatcher)
+    reference = find(extractor, matcher, images[:3])
+    for _ in range(3):
+        extractor.use(ExtractorChoice("tf32"))
+        extractor.extract(images[0])
+        matcher.use(MatcherChoice(depth="blocks", has_buckets=True))
+        matcher.prepare()
+        extractor.use(ExtractorChoice())
+        matcher.use(MatcherChoice())
+        assert agreement(reference, find(extractor, matcher, images[:3])).passes
+
+
 def test_everything_is_measured_and_said():
     made = create_engine(
         EngineConfig(), extractor_on("aliked-t16", "cuda"), lightglue_on("aliked-t16", "cuda"), torch.device("cuda", 0)

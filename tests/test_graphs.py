@@ -213,6 +213,7 @@ class RecordedCuda:
 def test_a_capture_warms_up_on_its_stream_first(monkeypatch: pytest.MonkeyPatch):
     cuda = RecordedCuda(monkeypatch)
     backend = CudaBackend(torch.device("cuda", 0))
+    monkeypatch.setattr(backend, "_keeper", lambda pool, lane: cuda.calls.append(f"keep {pool}"))
     lane = backend.lane("lane")
     graph = backend.capture("tested", lambda: cuda.calls.append("work"), lane, ())
     assert cuda.calls == [
@@ -222,6 +223,7 @@ def test_a_capture_warms_up_on_its_stream_first(monkeypatch: pytest.MonkeyPatch)
         *["work"] * graphs.WARM_UP_CALLS,
         "stream exit",
         "synchronize",
+        "keep pool",
         "capture pool=pool thread_local",
         "graph enter",
         "work",
@@ -229,6 +231,9 @@ def test_a_capture_warms_up_on_its_stream_first(monkeypatch: pytest.MonkeyPatch)
         "synchronize",
         "device exit",
     ]
+    cuda.calls.clear()
+    backend.capture("another", lambda: None, lane, ())
+    assert "keep pool" not in cuda.calls and "capture pool=pool thread_local" in cuda.calls
     cuda.calls.clear()
     with lane:
         graph.replay()
