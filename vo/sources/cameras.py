@@ -2,7 +2,9 @@
 
 A camera.yaml holds `model` (pinhole, brown or fisheye), `width` and `height` in px, `fx fy cx cy` in px with pixel
 (0, 0) at the centre of the top-left pixel, `distortion` in OpenCV's order for the model (a list, empty for a pinhole)
-and, where depth images belong to it, `depth_scale` in units per metre.
+and, where depth images belong to it, `depth_scale` in units per metre. Depth images that a second camera took and
+nobody registered have `depth_camera` too: a mapping of its `fx fy cx cy` in px and `offset_m`, [x, y, z] of its centre
+in the colour camera's frame; both look the same way.
 """
 
 from __future__ import annotations
@@ -14,20 +16,26 @@ from pathlib import Path
 
 import numpy as np
 
+from vo.sources.registration import DepthCamera
 from vo.sources.textfiles import number_field, numbers_field, only_fields, read_yaml, text_field
 from vo.types import Camera, CameraModel, SourceError
 
-CAMERA_FIELDS = ("model", "width", "height", "fx", "fy", "cx", "cy", "distortion", "depth_scale")
+CAMERA_FIELDS = ("model", "width", "height", "fx", "fy", "cx", "cy", "distortion", "depth_scale", "depth_camera")
+_DEPTH_CAMERA_FIELDS = ("fx", "fy", "cx", "cy", "offset_m")
 _NUM_COEFFICIENTS = {CameraModel.PINHOLE: (0,), CameraModel.BROWN: (4, 5, 8, 12, 14), CameraModel.FISHEYE: (4,)}
 _REMEDY = "expected a camera.yaml with model, width, height, fx, fy, cx, cy, distortion"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CameraFile:
-    """What a camera.yaml says; `depth_scale` in units of a depth image per metre, None where it says nothing."""
+    """What a camera.yaml says; `depth_scale` in units of a depth image per metre, None where it says nothing.
+
+    depth_camera  what took the depth images, where they still have to be registered to the colour image.
+    """
 
     camera: Camera
     depth_scale: float | None = None
+    depth_camera: DepthCamera | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,21 @@ def parse_camera(fields: Mapping[str, object], where: str) -> CameraFile:
             model,
         ),
         depth_scale,
+        _depth_camera(fields["depth_camera"], f"{where}: depth_camera") if "depth_camera" in fields else None,
+    )
+
+
+def _depth_camera(value: object, where: str) -> DepthCamera:
+    if not isinstance(value, dict):
+        raise SourceError(f"{where}: expected a mapping with {', '.join(_DEPTH_CAMERA_FIELDS)}")
+    only_fields(value, _DEPTH_CAMERA_FIELDS, where)
+    offset_m = numbers_field(value, "offset_m", where)
+    if len(offset_m) != 3:
+        raise SourceError(f"{where}: offset_m: expected [x, y, z], got {len(offset_m)} numbers")
+    return DepthCamera(
+        (_positive(value, "fx", where), _positive(value, "fy", where)),
+        (number_field(value, "cx", where), number_field(value, "cy", where)),
+        np.array(offset_m),
     )
 
 

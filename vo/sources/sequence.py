@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vo.sources.base import SkippedFrame
 from vo.sources.cameras import CameraChoice
 from vo.sources.decode import UnreadableImageError, read_depth, read_image
+from vo.sources.registration import DepthCamera, register_depth
 from vo.types import Camera, FloatArray, Frame, SourceError, StereoRig
 
 
@@ -40,10 +41,14 @@ class ImageSequence:
         entries: Sequence[ImageEntry],
         *,
         depth_scale: float = 5000.0,
+        depth_camera: DepthCamera | None = None,
         ground_truth: Path | None = None,
         stereo: StereoRig | None = None,
     ) -> None:
-        """`depth_scale` is in units of the depth images per metre; with `stereo` the right images are read too."""
+        """`depth_scale` is in units of the depth images per metre; with `stereo` the right images are read too.
+
+        depth_camera  what took the depth images, where they are not registered to the colour images yet.
+        """
         self.name = name
         self.camera = camera
         self.ground_truth = ground_truth
@@ -51,6 +56,7 @@ class ImageSequence:
         self.num_frames = len(entries)
         self._entries = tuple(entries)
         self._depth_scale = depth_scale
+        self._depth_camera = depth_camera
         self._skipped: list[SkippedFrame] = []
         self._is_closed = threading.Event()
 
@@ -96,7 +102,7 @@ class ImageSequence:
             self._skipped.append(SkippedFrame(index, path.name, f"frame kept without depth: {error}", is_kept=True))
             return None
         check_size(depth.shape, self.camera, str(path))
-        return depth
+        return depth if self._depth_camera is None else register_depth(depth, self._depth_camera, self.camera)
 
     def _read_right(self, index: int, entry: ImageEntry) -> NDArray[np.uint8] | None:
         if self.stereo is None:
