@@ -37,6 +37,7 @@ LAYERS = (
         "vo.sources",
         "vo.tracks",
         "vo.bundle",
+        "vo.self_calibration",
         "vo.trajectory",
         "vo.recording",
         "vo.foxglove",

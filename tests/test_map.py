@@ -21,7 +21,7 @@ from vo.config import DepthScaleConfig, ExternalScaleConfig, GroundTruthScaleCon
 from vo.geometry import estimate_first_pose, exp_se3, homogeneous, invert_pose, make_pose, reproject, transform
 from vo.odometry import Odometry
 from vo.refined import RefinedTrajectory
-from vo.scale import ExternalReadings
+from vo.scale import ExternalReadings, depths_at
 from vo.scale_source import ScaleSource
 from vo.trajectory import read_trajectory
 from vo.types import Camera, CameraModel, Frame, Rejection, RelativePose, TrackingStatus
@@ -381,3 +381,28 @@ def test_a_camera_found_in_an_old_keyframe_does_not_revive_dead_tracks():
     assert [step.pose.status for step in found[:2]] == [TrackingStatus.RELOCALIZED, TrackingStatus.TRACKING]
     assert {step.pose.segment_id for step in found} == {0}
     odometry.close()
+
+
+def test_depths_join_the_window():
+    """Landmarks lie nearer to the measured depths than images and unit alone put them."""
+    world, poses = make_world(300, (-4.0, -2.0, 2.0), (4.0, 2.0, 12.0)), driving_path(25)
+
+    def disagreement(inverse_sigma):
+        scale = DepthScaleConfig(max_depth_m=30.0, inverse_sigma=inverse_sigma)
+        odometry = Odometry(
+            CAMERA, OdometryConfig(**SETTINGS), TwoViewConfig(), match_exactly, scale=ScaleSource(scale)
+        )
+        rng = np.random.default_rng(0)
+        images = [depth_image(world, T) for T in poses]
+        for i, (T, depth) in enumerate(zip(poses, images, strict=True)):
+            odometry.step(replace(as_frame(i), depth=depth), observe(world, T, 0.5, rng))
+        odometry.finish()
+        odometry.close()
+        view = odometry.keyframes[-1]
+        assert (view.inverse_depths is None) == (inverse_sigma == 0)
+        points, known = odometry.tracks.landmarks(view.track_ids)
+        z = (points[known] - view.T_world_camera[:3, 3]) @ view.T_world_camera[:3, 2]
+        measured = depths_at(images[view.frame_index], view.keypoints[known], scale)
+        return float(np.nanmedian(np.abs(1 / z - 1 / measured)))
+
+    assert disagreement(0.001) < 0.6 * disagreement(0.0)

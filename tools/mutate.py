@@ -20,7 +20,6 @@ import importlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -35,7 +34,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = "lightvo-mutation/1"
 FOLDERS = ("vo", "frontends", "configs", "datasets", "tests")
 FILES = ("pyproject.toml",)
-MAX_WAIT = 20.0
 KILLED, SURVIVED, TIMED_OUT = "killed", "survived", "timed out"
 
 _BINARY: dict[type[ast.operator], ast.operator] = {
@@ -74,7 +72,7 @@ class Mutant:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the tests said of a fault, and their processor time."""
+    """What the tests said of a fault."""
 
     line: int
     change: str
@@ -242,31 +240,21 @@ def prepare(directory: Path, module: str) -> None:
 
 
 def run_tests(directory: Path, tests: Sequence[str], limit_s: float) -> tuple[str, float]:
-    """What the tests say in a process of their own, and its processor time, s.
-
-    The limit is one of processor time, so that other work on the machine kills no fault; a process that waits for ever
-    uses none, and has MAX_WAIT times as long by the clock.
-    """
+    """What the tests say in a process of their own, and how long they took, s."""
     start_s = time.monotonic()
     child = os.fork()
     if child == 0:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s) + 1, int(limit_s) + 2))
         _run_in_child(directory, tests)
     while True:
-        done, status, usage = os.wait4(child, os.WNOHANG)
+        done, status = os.waitpid(child, os.WNOHANG)
+        seconds = time.monotonic() - start_s
         if done:
-            return _outcome(status), usage.ru_utime + usage.ru_stime
-        if time.monotonic() - start_s > MAX_WAIT * limit_s:
+            return (SURVIVED if os.waitstatus_to_exitcode(status) == 0 else KILLED), seconds
+        if seconds > limit_s:
             os.kill(child, signal.SIGKILL)
-            _, _, usage = os.wait4(child, 0)
-            return TIMED_OUT, usage.ru_utime + usage.ru_stime
+            os.waitpid(child, 0)
+            return TIMED_OUT, seconds
         time.sleep(0.02)
-
-
-def _outcome(status: int) -> str:
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
-        return TIMED_OUT
-    return SURVIVED if os.waitstatus_to_exitcode(status) == 0 else KILLED
 
 
 def _run_in_child(directory: Path, tests: Sequence[str]) -> None:

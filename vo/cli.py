@@ -140,6 +140,7 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--realtime", action="store_true", help="replay a file at its own pace, dropping late frames")
     parser.add_argument("--camera", metavar="FILE", type=Path, help="camera.yaml with the intrinsics")
     parser.add_argument("--fov-deg", metavar="DEG", type=float, help="guess the intrinsics from the horizontal view")
+    parser.add_argument("--self-calibrate", action="store_true", help="find the focal length while the camera moves")
     parser.add_argument("--fps", metavar="HZ", type=float, help="rate of images that carry no times")
     parser.add_argument("--watchdog-s", metavar="S", type=seconds, help="fail when no frame has come for so long")
     parser.add_argument("--quiet", action="store_true", help="no progress and no report, errors only")
@@ -403,6 +404,7 @@ def _run(options: argparse.Namespace) -> int:
             is_realtime=options.realtime,
             camera_file=options.camera,
             fov_deg=options.fov_deg,
+            self_calibrates=options.self_calibrate,
             fps=options.fps,
             is_quiet=options.quiet,
             falls_back_to_orb=options.fallback_orb,

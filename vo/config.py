@@ -92,6 +92,12 @@ class DepthScaleConfig(_RangeScaleConfig):
     edge_ratio: float = setting(
         0.05, minimum=0.001, maximum=1.0, help="spread of depths around a keypoint that marks an edge, ratio"
     )
+    inverse_sigma: float = setting(
+        0.008,
+        minimum=0.0,
+        maximum=1.0,
+        help="of the inverse depth at a landmark, for the window, 1/m, 1 sigma; 0: depths set the unit and no more",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +191,27 @@ ScaleConfig = (
 
 
 @dataclass(frozen=True, slots=True)
+class SelfCalibrationConfig:
+    """The focal length, and what radial distortion there is, from the first keyframes (vo.self_calibration)."""
+
+    enabled: bool = setting(False, help="look for the focal length; its present value is where the search begins")
+    focal_sigma: float = setting(0.3, minimum=0.001, maximum=1.0, help="how well it is known so far, ratio, 1 sigma")
+    radial_sigma: float = setting(
+        0.05, minimum=0.0, maximum=1.0, help="radial distortion the calibration may lack, 1 sigma; 0: none"
+    )
+    min_keyframes: int = setting(12, minimum=4, maximum=1000, help="keyframes at the first try")
+    max_keyframes: int = setting(60, minimum=4, maximum=200, help="newest keyframes that are looked at")
+    max_sigma: float = setting(
+        0.03, minimum=0.0005, maximum=0.5, help="a focal length is believed from this precision on, ratio, 1 sigma"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.min_keyframes > self.max_keyframes:
+            raise ValueError(f"min_keyframes: {self.min_keyframes} is above max_keyframes {self.max_keyframes}")
+
+
+@dataclass(frozen=True, slots=True)
 class OdometryConfig:
     """Tracking, landmarks and the window."""
 
@@ -228,9 +255,12 @@ class OdometryConfig:
     recovery_keyframes: int = setting(4, minimum=1, maximum=20, help="keyframes tried to find a lost camera again")
     max_lost_frames: int = setting(30, minimum=1, help="lost frames after which a new segment begins")
     scale: ScaleConfig = field(default_factory=RelativeScaleConfig)
+    self_calibration: SelfCalibrationConfig = field(default_factory=SelfCalibrationConfig)
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.self_calibration.enabled and isinstance(self.scale, StereoScaleConfig):
+            raise ValueError("self_calibration: a stereo scale needs the true calibration of both cameras")
 
 
 @dataclass(frozen=True, slots=True)

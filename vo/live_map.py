@@ -7,7 +7,7 @@ follow. What a refinement or a change of unit does to the map is done here, and 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,15 @@ from vo.config import OdometryConfig
 from vo.geometry import AbsolutePose, estimate_absolute_pose, parallax, reproject, rotation_angle, undistort
 from vo.posing import MatchFunction
 from vo.scale_source import ScaleSource
+from vo.self_calibration import FocalEstimate, FocalSearch
 from vo.tracks import TrackTable
-from vo.types import Camera, Frame, MapUpdate
-from vo.window import View, Window, WindowChange, WindowJob, shared_rows
+from vo.types import Camera, CameraModel, Frame, MapUpdate
+from vo.window import LensJob, View, Window, WindowChange, WindowJob, shared_rows
 
 # Dead tracks are cleared away once in so many frames: looking for them takes longer than a frame makes.
 _PRUNE_EVERY = 5
+# A focal length that turns out to be another one by more than this bends a path visibly.
+_BENDING_RATIO = 0.02
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +41,7 @@ class _Refinement:
 class LiveMap:
     """Tracks, window and scale source of an odometry. The window is refined on a thread of its own; `close` ends it.
 
+    camera            of the frames, as well as is known: self-calibration puts a better one in its place.
     waits_for_window  takes a refinement in `window_lag_frames` after its keyframe, and waits for it if need be, so that
                       the same frames give the same poses; otherwise as soon as it is there, and no pose ever waits.
     `held` views, which several methods take, are kept by the caller without being keyframes: they follow the map.
@@ -45,7 +49,7 @@ class LiveMap:
 
     def __init__(self, config: OdometryConfig, camera: Camera, scale: ScaleSource, waits_for_window: bool) -> None:
         self._config = config
-        self._camera = camera
+        self.camera = camera
         self.tracks = TrackTable()
         self.window = Window(config, camera.focal_px)
         self.segment_id = 0
@@ -54,6 +58,8 @@ class LiveMap:
         # Decided and not applied yet: the map's unit changes only while no refinement of it is under way.
         self._pending_factor = 1.0
         self._has_unit = False
+        self._search = FocalSearch(config.self_calibration, camera)
+        self._num_keyframes = 0
         self._waits_for_window = waits_for_window
         self._window_is_stale = False
         self._refinement: _Refinement | None = None
@@ -67,10 +73,10 @@ class LiveMap:
         """Refines what the last keyframes left to refine; None if there is nothing. No step may follow."""
         self._waits_for_window, self._window_is_stale = True, True
         update = None
-        for _ in range(2):
+        for is_first in (True, False):
             self._num_steps += self._config.window_lag_frames
             update = self.take_in_refinement(frame_index, timestamp_ns, ()) or update
-            self.begin_refinement()
+            self.begin_refinement(is_last=is_first)
         self._num_steps += self._config.window_lag_frames
         return self.take_in_refinement(frame_index, timestamp_ns, ()) or update
 
@@ -78,6 +84,11 @@ class LiveMap:
     def scale_name(self) -> str:
         """The unit that lengths are in now."""
         return self._scale.name if self._has_unit else "relative"
+
+    @property
+    def focal_estimate(self) -> FocalEstimate | None:
+        """What self-calibration has found; None where nobody asked for it."""
+        return self._search.estimate if self._config.self_calibration.enabled else None
 
     def advance(self) -> None:
         """One more frame has come."""
@@ -87,7 +98,7 @@ class LiveMap:
         """A frame as the map sees it: undistorted as well as is known by now, and without tracks yet."""
         keypoints = features.valid_keypoints()
         untracked = np.full(len(keypoints), -1, np.int64)
-        nominal = undistort(keypoints, self._camera)
+        nominal = undistort(keypoints, self.camera)
         rays = corrected_rays(nominal, self.window.radial.mean)
         colors = _colors_at(frame.image, keypoints)
         return View(frame.index, frame.timestamp_ns, features, keypoints, colors, nominal, rays, untracked, np.eye(4))
@@ -99,9 +110,12 @@ class LiveMap:
             others = [other.track_ids for other in held]
             self.tracks.prune(np.concatenate([self.window.seen_ids(self.tracks), *others, view.track_ids]))
 
-    def add_keyframe(self, view: View) -> None:
-        """Makes `view` the newest keyframe, which leaves the window to be refined."""
+    def add_keyframe(self, view: View, frame: Frame | None) -> None:
+        """Makes `view` of `frame` the newest keyframe, which leaves the window to be refined."""
+        if frame is not None:
+            view.inverse_depths = self._scale.inverse_depths(frame, view.keypoints)
         self.window.add(view, self.tracks)
+        self._num_keyframes += 1
         self._window_is_stale = True
 
     def needs_keyframe(self, view: View, num_inliers: int) -> bool:
@@ -115,7 +129,7 @@ class LiveMap:
             return True
         R_newest_view = newest.T_world_camera[:3, :3].T @ view.T_world_camera[:3, :3]
         moved = parallax(newest.rays[rows0], view.rays[rows1], R_newest_view)
-        parallax_px = float(np.median(moved)) * self._camera.focal_px
+        parallax_px = float(np.median(moved)) * self.camera.focal_px
         num_before = int(self.tracks.landmarks(newest.track_ids)[1].sum())
         is_fading = num_inliers < self._config.keyframe_landmark_ratio * num_before
         return bool(
@@ -139,7 +153,7 @@ class LiveMap:
             points, has_landmark = self.tracks.landmarks(view.track_ids)
             rows = np.flatnonzero(has_landmark)
             threshold_px, min_inliers = self._config.pose_threshold_px, 2 * self._config.min_inliers
-            focal_px = self._camera.focal_px
+            focal_px = self.camera.focal_px
             pose = estimate_absolute_pose(points[rows], view.rays[rows], focal_px, threshold_px, min_inliers)
             if isinstance(pose, AbsolutePose):
                 view.track_ids[rows[~pose.inliers]] = -1
@@ -155,15 +169,22 @@ class LiveMap:
         self._has_unit, self._pending_factor = False, 1.0
         self._window_is_stale = False
         self._refinement = None
+        self._num_keyframes = 0
 
     # --- the window, beside the frames ------------------------------------------------------------------------------
 
-    def begin_refinement(self) -> None:
+    def begin_refinement(self, *, is_last: bool = False) -> None:
         """Hands the window to its thread, unless that is still busy: then the next step tries again."""
         if not self._window_is_stale or self._refinement is not None:
             return
         self._window_is_stale = False
-        job = self.window.job(self.tracks)
+        depth_sigma = self._scale.inverse_depth_sigma if self._has_unit else 0.0
+        if self._search.is_due(self._num_keyframes, is_last=is_last):
+            self._search.begin(self._num_keyframes)
+            is_radial = self.camera.model is not CameraModel.FISHEYE
+            job: WindowJob | None = self.window.lens_job(self.tracks, self._search.starts, is_radial, depth_sigma)
+        else:
+            job = self.window.job(self.tracks, depth_sigma)
         if job is not None:
             self._refinement = _Refinement(job, self._worker.submit(job.solve), self._num_steps)
 
@@ -176,12 +197,39 @@ class LiveMap:
         if lag < self._config.window_lag_frames if self._waits_for_window else not refinement.solution.done():
             return None
         self._refinement = None
+        if isinstance(refinement.job, LensJob):
+            return self._take_in_lens(refinement.job, refinement.solution.result(), (frame_index, timestamp_ns), held)
         change = self.window.apply(refinement.job, refinement.solution.result(), self.tracks)
         kappa = self.window.radial.mean
         for view in self._without_keyframes(held, refinement.job.views):
             view.T_world_camera = change.correction @ view.T_world_camera
             view.rays = corrected_rays(view.nominal_rays, kappa)
         return self._map_update(frame_index, timestamp_ns, change)
+
+    def _take_in_lens(
+        self, job: LensJob, solution: WindowSolution, now: tuple[int, int], held: tuple[View, ...]
+    ) -> MapUpdate | None:
+        """Puts the camera that was found in the place of the old one, and the keyframes where it has them.
+
+        Poses that were published before are bent by comparison: where that shows, a new segment says so, which begins
+        with all keyframes in their new places.
+        """
+        self._window_is_stale = True
+        camera = self._search.take_in(self.camera, solution)
+        if camera is None:
+            return None
+        if abs(solution.focal.log_ratio) > _BENDING_RATIO:
+            self.segment_id += 1
+        self.camera = camera
+        change = self.window.apply(job, solution, self.tracks)
+        self.window.change_camera(camera, job.views[0].frame_index)
+        for view in self._without_keyframes(held, job.views):
+            view.T_world_camera = change.correction @ view.T_world_camera
+        for view in held:
+            view.nominal_rays = undistort(view.keypoints, camera)
+            view.rays = view.nominal_rays
+        self._scale.forget_path()
+        return self._map_update(*now, replace(change, views=(job.views[0], *change.views)))
 
     def _without_keyframes(self, held: tuple[View, ...], others: tuple[View, ...] = ()) -> list[View]:
         placed = {id(view) for view in (*others, *self.window.keyframes, *self.window.older)}

@@ -26,6 +26,7 @@ from vo.geometry import (
 from vo.live_map import LiveMap
 from vo.posing import MatchFunction, Motion, Posed, Poser
 from vo.scale_source import ScaleSource
+from vo.self_calibration import FocalEstimate
 from vo.tracks import TrackTable, is_among
 from vo.types import (
     Camera,
@@ -111,6 +112,16 @@ class Odometry:
         return self._map.window.radial.mean
 
     @property
+    def camera(self) -> Camera:
+        """The camera in use: the one given, or what self-calibration has put in its place."""
+        return self._map.camera
+
+    @property
+    def focal_estimate(self) -> FocalEstimate | None:
+        """What self-calibration has found; None where nobody asked for it."""
+        return self._map.focal_estimate
+
+    @property
     def tracks(self) -> TrackTable:
         return self._map.tracks
 
@@ -130,12 +141,19 @@ class Odometry:
         if frame.follows_gap and self._status is not TrackingStatus.INITIALIZING:
             # Where the camera was meanwhile nobody knows: it is lost until it is found.
             self._status, self._last_motion = TrackingStatus.LOST, np.eye(4)
-        self._frame = frame
         map_update = self._map.take_in_refinement(frame.index, frame.timestamp_ns, self._held())
+        self._frame = self._as_seen(frame)
         self._change_unit()
         step = self._step(self._map.view_of(frame, features))
         self._map.begin_refinement()
         return replace(step, map_update=map_update)
+
+    def _as_seen(self, frame: Frame) -> Frame:
+        """The frame with the camera that the map has by now."""
+        if self._map.camera is not self._camera:
+            self._camera = self._map.camera
+            self._poser = Poser(self._camera.focal_px, self._config, self._two_view, self._match, self._map.tracks)
+        return frame if self.focal_estimate is None else replace(frame, camera=self._camera)
 
     def _change_unit(self) -> None:
         if self._previous is not None:
@@ -222,7 +240,7 @@ class Odometry:
         view.track_ids[rows1[~inliers]] = -1
         view.T_world_camera = origin.T_world_camera @ make_pose(T[:3, :3], T[:3, 3] / unit)
         self._observe(view)
-        self._map.add_keyframe(view)
+        self._map.add_keyframe(view, self._frame)
         if self._map.tracks.num_landmarks < self._config.init_landmarks:
             self._map.tracks.drop_landmarks(view.track_ids[self._map.tracks.landmarks(view.track_ids)[1]])
             self._map.window.keyframes.pop()
@@ -308,7 +326,7 @@ class Odometry:
         is_keyframe = not is_stationary and self._map.needs_keyframe(view, posed.num_inliers)
         if is_keyframe:
             self._map.window.revisit(view, self._map.tracks, self._match)
-            self._map.add_keyframe(view)
+            self._map.add_keyframe(view, self._frame)
             self._map.read_scale(view, self._frame)
         self._accept(view, is_moving=not is_stationary)
         self._status = self._found_status()
@@ -346,7 +364,7 @@ class Odometry:
         self._observe(view)
         self._accept(view, is_moving=True)
         self._last_motion = np.eye(4)
-        self._map.add_keyframe(view)
+        self._map.add_keyframe(view, self._frame)
         self._status = self._found_status()
         num_inliers = int(pose.inliers.sum())
         return self._posed_step(view, matches, num_inliers=num_inliers, is_keyframe=True, covariance=pose.covariance)

@@ -98,6 +98,7 @@ def run(
         if "track" not in meter.left_behind:
             last_update = odometry.finish()
             odometry.close()
+            meter.focal, meter.camera = odometry.focal_estimate, odometry.camera
             if last_update is not None and on_last_map is not None:
                 on_last_map(last_update)
     return summarise(meter, source, frontend, is_interrupted=stop.is_set())

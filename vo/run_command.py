@@ -54,6 +54,7 @@ class RunRequest:
     is_realtime: bool = False
     camera_file: Path | None = None
     fov_deg: float | None = None
+    self_calibrates: bool = False
     fps: float | None = None
     is_quiet: bool = False
     falls_back_to_orb: bool = False
@@ -82,6 +83,8 @@ def run_command(request: RunRequest) -> int:
             wants_stereo=isinstance(scale, StereoScaleConfig),
             webcam=config.webcam,
         )
+        if request.fov_deg is not None:
+            _note(_guessed(request.fov_deg, config))
         external = ExternalReadings(scale) if isinstance(scale, ExternalScaleConfig) else None
         if external is not None and config.publisher.endpoint == "off":
             raise ConfigError("odometry.scale: external needs the publisher, whose socket takes the readings")
@@ -200,6 +203,14 @@ def take_readings(publisher: Publisher | None, external: ExternalReadings | None
             external.add_distance(reading.start_timestamp_ns, reading.timestamp_ns, reading.value)
 
 
+def _guessed(fov_deg: float, config: Config) -> str:
+    remedy = "found while the camera moves" if config.odometry.self_calibration.enabled else "add --self-calibrate"
+    return (
+        f"the focal length is a guess from --fov-deg {fov_deg:g}; a wrong one bends the path, distortion too: "
+        f"{remedy}, or measure it with vo calibrate"
+    )
+
+
 def _note(text: str) -> None:
     print(f"vo: {text}", file=sys.stderr, flush=True)
 
@@ -222,6 +233,8 @@ def requested_config(request: RunRequest) -> Config:
         overrides.append(f"publisher.endpoint={request.publish}")
     if request.keys is not None:
         overrides.append(f"publisher.keys={request.keys}")
+    if request.self_calibrates:
+        overrides.append("odometry.self_calibration.enabled=true")
     return load_config(request.config, overrides)
 
 

@@ -91,11 +91,11 @@ class RunFiles:
             print(_recording_line(recorder), flush=True)
 
 
-def write_run_camera(directory: Path, camera: Camera) -> None:
+def write_run_camera(directory: Path, camera: Camera, comment: str = "") -> None:
     """camera.yaml: what the images of the run were taken with. Raises OutputError."""
     prepare_directory(directory)
     with writing(directory / CAMERA_NAME):
-        write_camera(directory / CAMERA_NAME, camera, comment="Intrinsics of this run.")
+        write_camera(directory / CAMERA_NAME, camera, comment=comment or "Intrinsics of this run.")
 
 
 def tracks_directory(output: Path | None) -> Path:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from vo.image_health import HealthLog
 from vo.odometry import OdometryStep
 from vo.samples import Samples
+from vo.self_calibration import FocalEstimate
 from vo.sources import SkippedFrame
 from vo.summary import RunSummary, UsedWeights, latency_percentiles, library_versions, stage_times
-from vo.types import TrackingStatus
+from vo.types import Camera, TrackingStatus
 
 STAGES = ("capture", "extract", "match", "track", "publish")
 
@@ -39,6 +40,8 @@ class RunMeter:
         self.num_inliers = Samples()
         self.stop_layers = Samples()
         self.radial_distortion = 0.0
+        self.focal: FocalEstimate | None = None
+        self.camera: Camera | None = None
         self.left_behind: tuple[str, ...] = ()
         self.image_log = HealthLog()
         self._was_lost = False
@@ -127,6 +130,7 @@ class RunMeter:
             image_conditions=tuple((found.value, count) for found, count in self.image_log.counts.most_common()),
             scale_source=self.scale_source,
             radial_distortion=self.radial_distortion,
+            self_calibration=self.focal,
             device=device,
             versions=library_versions(),
             weights=weights,

@@ -12,7 +12,9 @@ from vo.frontend import Frontend
 from vo.output import OutputError
 from vo.pipeline import summarise
 from vo.recorder import CONFIG_NAME, PLOT_NAME, SUMMARY_NAME, TUM_NAME, Recorder
+from vo.run_files import write_run_camera
 from vo.run_meter import RunMeter
+from vo.self_calibration import FocalEstimate
 from vo.sources import SkippedFrame, Source
 from vo.sources.base import LiveReport
 from vo.summary import RunSummary
@@ -91,6 +93,8 @@ def report(
         if recorder is not None:
             recorder.write_summary(summary)
             recorder.write_plot(comparison)
+            if summary.self_calibration is not None and summary.self_calibration.is_found and meter.camera is not None:
+                write_run_camera(recorder.output_dir, meter.camera, _calibration_line(summary.self_calibration))
     except OutputError as error:
         failure = error
     if not is_quiet:
@@ -121,6 +125,8 @@ def report_lines(
         *([f"skipped     and {num_more} more"] if (num_more := sum(s.count for s in skipped[_MAX_LISTED:])) else []),
         *(f"fallback    {fallback}" for fallback in s.fallbacks),
     ]
+    if s.self_calibration is not None:
+        lines.append(f"calibration {_calibration_line(s.self_calibration)}")
     if s.evaluation is not None:
         e = s.evaluation
         lines.append(
@@ -139,6 +145,19 @@ def _camera_line(live: LiveReport) -> str:
 
 def _conditions(summary: RunSummary) -> str:
     return ", ".join(f"{name.replace('_', ' ')} in {count}" for name, count in summary.image_conditions)
+
+
+def _calibration_line(focal: FocalEstimate) -> str:
+    if focal.is_found and focal.sigma_px is not None:
+        return (
+            f"focal length {focal.focal_px:.1f} px, 1 sigma {focal.sigma_px:.1f} px, found from the images "
+            f"(began at {focal.initial_px:.1f} px)"
+        )
+    known = "no try yet" if focal.sigma_px is None else f"1 sigma {focal.sigma_px:.0f} px"
+    return (
+        f"these images do not show the focal length ({known}): the guess of {focal.initial_px:.1f} px was kept; "
+        "move and turn the camera at the same time, longer"
+    )
 
 
 def _times(count: int) -> str:

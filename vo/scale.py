@@ -57,8 +57,15 @@ def depth_reading(
     keypoints  (N, 2) px of landmarks in the image of the depth's size.
     z_map      (N,) their depths (z in the camera's frame), map units.
     """
-    depths_m = _depths_at(depth_m, keypoints, config.edge_ratio)
-    return _range_reading(depths_m, z_map, config)
+    return _range_reading(_flat_depths_at(depth_m, keypoints, config.edge_ratio), z_map, config)
+
+
+def depths_at(depth_m: NDArray[np.float32], keypoints: NDArray[np.floating], config: DepthScaleConfig) -> FloatArray:
+    """Depths (N,) m at keypoints (N, 2) px; NaN where there is none, at edges, and out of the range of the camera."""
+    depths = _flat_depths_at(depth_m, keypoints, config.edge_ratio)
+    with np.errstate(invalid="ignore"):
+        is_usable = (depths >= config.min_depth_m) & (depths <= config.max_depth_m)
+    return np.where(is_usable, depths, np.nan)
 
 
 def stereo_reading(depths_m: FloatArray, z_map: FloatArray, config: StereoScaleConfig) -> ScaleReading | None:
@@ -108,7 +115,7 @@ def groundtruth_reading(
     return external_reading(distance_m, distance_units, config.systematic * distance_m)
 
 
-def _depths_at(depth_m: NDArray[np.float32], keypoints: NDArray[np.floating], edge_ratio: float) -> FloatArray:
+def _flat_depths_at(depth_m: NDArray[np.float32], keypoints: NDArray[np.floating], edge_ratio: float) -> FloatArray:
     """Depths (N,) m at keypoints; NaN where there is none or where the depths around differ: an edge."""
     height, width = depth_m.shape
     centres = np.rint(keypoints).astype(np.int64)

@@ -23,6 +23,7 @@ from vo.scale import (
     ScaleFilter,
     ScaleReading,
     depth_reading,
+    depths_at,
     external_reading,
     ground_plane_reading,
     groundtruth_reading,
@@ -94,6 +95,17 @@ class ScaleSource:
     def is_metric(self) -> bool:
         return self._filter is not None and self._filter.is_metric
 
+    @property
+    def inverse_depth_sigma(self) -> float:
+        """Of `inverse_depths`, 1/m; 0 where there are none for the window to use."""
+        return self._config.inverse_sigma if isinstance(self._config, DepthScaleConfig) else 0.0
+
+    def inverse_depths(self, frame: Frame, keypoints: NDArray[np.float32]) -> FloatArray | None:
+        """Measured at keypoints (N, 2) px, 1/m, NaN where there is none; None where the source measures no depths."""
+        if self.inverse_depth_sigma == 0.0 or frame.depth is None or not isinstance(self._config, DepthScaleConfig):
+            return None
+        return 1.0 / depths_at(frame.depth, keypoints, self._config)
+
     def passed(self, T_world_camera: FloatArray) -> None:
         """Notes a pose on the way, for the length of the path."""
         if self._passed is not None:
@@ -116,6 +128,10 @@ class ScaleSource:
         if reading is not None or self._last is None or self._num_skipped >= _MAX_SKIPPED_KEYFRAMES:
             self._last, self._path_units, self._num_skipped = here, 0.0, 0
         return self._filter.update(reading)
+
+    def forget_path(self) -> None:
+        """The map has changed its shape: what is measured from keyframe to keyframe begins anew."""
+        self._last, self._path_units, self._num_skipped, self._passed = None, 0.0, 0, None
 
     def rescaled(self, center: FloatArray, factor: float) -> None:
         """The map has been rescaled about a point (3,)."""

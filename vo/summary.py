@@ -13,6 +13,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from vo.evaluation import Evaluation
+    from vo.self_calibration import FocalEstimate
     from vo.sources.base import LiveReport
 
 # Distributions whose version can change a trajectory or its speed.
@@ -67,6 +68,7 @@ class RunSummary:
     mean_stop_layer    layers the matcher ran; None where it has none.
     scale_source       unit of the translations, see `PoseEstimate`.
     radial_distortion  found beyond the calibration: a ray of length r is the ray times 1 - kappa r^2.
+    self_calibration   what was found of the focal length; None where it was not asked for.
     device             for example "cpu" or the name of the GPU.
     versions           (distribution, version), see `library_versions`.
     weights            every file of weights in use.
@@ -101,6 +103,7 @@ class RunSummary:
     engine: tuple[str, ...] = ()
     image_conditions: tuple[tuple[str, int], ...] = ()
     live: LiveReport | None = None
+    self_calibration: FocalEstimate | None = None
     evaluation: Evaluation | None = None
 
 

@@ -7,7 +7,7 @@ Nothing here runs by itself: `job` freezes what is to be refined, `WindowJob.sol
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
-from vo.bundle import RadialPrior, WindowProblem, WindowSolution, corrected_rays, optimize_window
+from vo.bundle import FocalPrior, RadialPrior, WindowProblem, WindowSolution, corrected_rays, optimize_window
 from vo.config import OdometryConfig
 from vo.geometry import (
     estimate_absolute_pose,
@@ -25,9 +25,11 @@ from vo.geometry import (
     rotation_angle,
     transform,
     triangulate,
+    undistort,
 )
+from vo.self_calibration import solve_lens
 from vo.tracks import TrackTable, is_among
-from vo.types import FloatArray, Rejection
+from vo.types import Camera, FloatArray, Rejection
 
 IntArray = NDArray[np.int64]
 
@@ -43,7 +45,8 @@ class View:
     """A posed frame: what was seen where, and from where.
 
     keypoints (N, 2) px; colors (N, 3) RGB there; nominal_rays (N, 2) the same, undistorted by the calibration;
-    rays (N, 2) without the leftover distortion either; track_ids (N,), -1 once an observation proved wrong.
+    rays (N, 2) without the leftover distortion either; track_ids (N,), -1 once an observation proved wrong;
+    inverse_depths (N,) 1/m measured there, NaN where there is none, None where there is no measurement at all.
     """
 
     frame_index: int
@@ -55,6 +58,7 @@ class View:
     rays: FloatArray
     track_ids: IntArray
     T_world_camera: FloatArray
+    inverse_depths: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +74,16 @@ class WindowJob:
 
     def solve(self) -> WindowSolution:
         return optimize_window(self.problem, self.kernel_px, self.max_iterations)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LensJob(WindowJob):
+    """The window with its lens, begun at several focal lengths over the present one."""
+
+    starts: tuple[float, ...]
+
+    def solve(self) -> WindowSolution:
+        return solve_lens(self.problem, self.kernel_px, self.starts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,8 +128,11 @@ class Window:
         self._focal_px = focal_px
         self.keyframes: list[View] = []
         self.older: list[View] = []
-        sigma = config.radial_sigma
-        self.radial = RadialPrior(0.0, _RESIDUAL_VARIANCE / sigma**2 if sigma > 0 else 0.0, 3.0 * sigma)
+        self.radial = self._unknown_radial()
+
+    def _unknown_radial(self) -> RadialPrior:
+        sigma = self._config.radial_sigma
+        return RadialPrior(0.0, _RESIDUAL_VARIANCE / sigma**2 if sigma > 0 else 0.0, 3.0 * sigma)
 
     def add(self, view: View, tracks: TrackTable) -> None:
         """Makes `view` the newest keyframe and triangulates the tracks it completes."""
@@ -264,13 +281,53 @@ class Window:
 
     # --- refinement -------------------------------------------------------------------------------------------------
 
-    def job(self, tracks: TrackTable) -> WindowJob | None:
-        """The window as it stands, frozen for refinement; None if there is too little to refine."""
+    def job(self, tracks: TrackTable, inverse_depth_sigma: float = 0.0) -> WindowJob | None:
+        """The window as it stands, frozen for refinement; None if there is too little to refine.
+
+        inverse_depth_sigma  standard deviation of the views' inverse depths, which are then in the unit of the map;
+                             0 leaves them out.
+        """
         if len(self.keyframes) + len(self.older) < 2:
             return None
         fixed = self._holding_views(tracks)
         num_fixed = max(len(fixed), min(2, len(self.keyframes) - 1))
+        frozen = self._frozen((*fixed, *self.keyframes), num_fixed, tracks, inverse_depth_sigma)
+        if frozen is None:
+            return None
+        problem, point_ids, rows = frozen
+        refines_radial = self._config.radial_sigma > 0 and len(fixed) > 0
+        problem = replace(problem, radial=self.radial, refines_radial=refines_radial)
         views = (*fixed, *self.keyframes)
+        return WindowJob(problem, views, point_ids, rows, self._config.window_kernel_px, self._config.window_iterations)
+
+    def lens_job(
+        self, tracks: TrackTable, starts: tuple[float, ...], is_radial: bool, inverse_depth_sigma: float = 0.0
+    ) -> LensJob | None:
+        """The newest keyframes, their lens among the unknowns; None if they share too little.
+
+        starts     focal lengths to begin at, over the present one.
+        is_radial  whether the lens may have a radial distortion of its kind.
+        """
+        config = self._config.self_calibration
+        views = (*self.older, *self.keyframes)[-config.max_keyframes :]
+        frozen = self._frozen(views, 1, tracks, inverse_depth_sigma)
+        if frozen is None:
+            return None
+        problem, point_ids, rows = frozen
+        sigma = config.radial_sigma if is_radial else 0.0
+        problem = replace(
+            problem,
+            radial=RadialPrior(0.0, _RESIDUAL_VARIANCE / sigma**2 if sigma > 0 else 0.0),
+            refines_radial=sigma > 0,
+            focal=FocalPrior(0.0, _RESIDUAL_VARIANCE / config.focal_sigma**2),
+            refines_focal=True,
+        )
+        return LensJob(problem, views, point_ids, rows, self._config.window_kernel_px, 0, starts)
+
+    def _frozen(
+        self, views: tuple[View, ...], num_fixed: int, tracks: TrackTable, inverse_depth_sigma: float
+    ) -> tuple[WindowProblem, IntArray, IntArray] | None:
+        """The problem of these views, the ids of its points and the features (O,) that see them."""
         ids, pose_index, rows = _observations(views, num_fixed, tracks)
         if len(ids) < 6 * len(views):
             return None
@@ -278,11 +335,12 @@ class Window:
         points, _ = tracks.landmarks(point_ids)
         rays = np.concatenate([view.nominal_rays[rows[pose_index == i]] for i, view in enumerate(views)])
         poses = np.stack([view.T_world_camera for view in views])
-        refines_radial = self._config.radial_sigma > 0 and len(fixed) > 0
-        problem = WindowProblem(
-            poses, num_fixed, points, pose_index, point_index, rays, self._focal_px, self.radial, refines_radial
-        )
-        return WindowJob(problem, views, point_ids, rows, self._config.window_kernel_px, self._config.window_iterations)
+        problem = WindowProblem(poses, num_fixed, points, pose_index, point_index, rays, self._focal_px)
+        if inverse_depth_sigma > 0:
+            depths = [_inverse_depths(view, rows[pose_index == i]) for i, view in enumerate(views)]
+            gain_px = np.sqrt(_RESIDUAL_VARIANCE) / inverse_depth_sigma
+            problem = replace(problem, inverse_depths=np.concatenate(depths), depth_gain_px=gain_px)
+        return problem, point_ids, rows
 
     def _holding_views(self, tracks: TrackTable) -> tuple[View, ...]:
         """The older keyframes that share most landmarks with the window, oldest first."""
@@ -311,7 +369,8 @@ class Window:
         alive[alive] = tracks.landmarks(job.point_ids[alive])[1]
         tracks.set_landmarks(job.point_ids[alive], solution.points[alive])
         removed = self._remove_outliers(job, solution, tracks)
-        self._learn_radial(solution.radial, job.problem)
+        if not isinstance(job, LensJob):
+            self._learn_radial(solution.radial, job.problem)
         moved = np.union1d(job.point_ids[alive], followers)
         moved = moved[tracks.alive(moved)]
         free = job.views[job.problem.num_fixed :]
@@ -356,6 +415,15 @@ class Window:
         for view in (*self.keyframes, *self.older):
             view.rays = corrected_rays(view.nominal_rays, self.radial.mean)
 
+    def change_camera(self, camera: Camera, first_frame: int) -> None:
+        """Takes a better calibration in; keyframes before `first_frame` were made with the old one and are given up."""
+        self._focal_px = camera.focal_px
+        self.radial = self._unknown_radial()
+        self.older = [view for view in self.older if view.frame_index >= first_frame]
+        for view in (*self.older, *self.keyframes):
+            view.nominal_rays = undistort(view.keypoints, camera)
+            view.rays = view.nominal_rays
+
     def rescale(self, center: FloatArray, factor: float) -> None:
         """Changes the unit of the keyframes' positions about a point (3,) of the world."""
         for view in (*self.keyframes, *self.older):
@@ -371,6 +439,10 @@ def _comparable(features: Features) -> torch.Tensor:
         return descriptors
     bits = (descriptors[:, :, None] >> torch.arange(8, device=descriptors.device)) & 1
     return bits.reshape(len(bits), -1).float() * 2 - 1
+
+
+def _inverse_depths(view: View, rows: IntArray) -> FloatArray:
+    return np.full(len(rows), np.nan) if view.inverse_depths is None else view.inverse_depths[rows]
 
 
 def _observations(views: tuple[View, ...], num_fixed: int, tracks: TrackTable) -> tuple[IntArray, IntArray, IntArray]:
