@@ -74,8 +74,11 @@ def deformable_conv2d(features: Tensor, offsets: Tensor, weight: Tensor) -> Tens
     """3x3 deformable convolution with padding 1, stride 1, no modulation (Dai et al. 2017, equations 2 and 3).
 
     features (B, C, H, W); offsets (B, 18, H, W) px, (dy, dx) per tap in row-major order; weight (D, C, 3, 3).
-    Returns (B, D, H, W). Samples outside the map are zero.
+    Returns (B, D, H, W). Samples outside the map are zero. Places are told in float32 at least: a map of 1000 px has
+    more of them than bfloat16 has numbers.
     """
+    offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+    features = features.to(offsets.dtype)
     batch, channels, height, width = features.shape
     device = features.device
     rows = torch.arange(height, device=device, dtype=offsets.dtype).view(1, 1, height, 1)

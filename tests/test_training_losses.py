@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from frontends.aliked_network import ARCHITECTURES, AlikedNetwork
+from frontends.aliked_network import ARCHITECTURES, AlikedNetwork, deformable_conv2d
 from frontends.lightglue_network import LightGlueArchitecture, LightGlueNetwork
 from frontends.training import aliked_losses, xfeat_losses
 from frontends.training.aliked_losses import peaky_loss, reliable_loss, reprojection_loss, sparse_nre_loss
@@ -339,3 +339,47 @@ def test_the_training_form_of_xfeat_is_the_network_of_its_own_state_dict() -> No
     taps = trainable.taps(images)
     again = trainable.taps(images, taps.stages)
     torch.testing.assert_close(again.maps.reliability, taps.maps.reliability)
+
+
+@pytest.mark.parametrize("name", ["aliked", "xfeat", "lightglue"])
+def test_bfloat16_changes_losses_little_and_keeps_gradients_finite(name: str) -> None:
+    """What a GPU trains in; wide images, whose places bfloat16 alone could not tell apart."""
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 64, 512)
+    places = torch.rand(1, 12, 2) * torch.tensor([500.0, 60.0])
+    network: torch.nn.Module
+    if name == "lightglue":
+        network, inputs = matcher()
+
+        def loss() -> Tensor:
+            return deep_supervision_loss(layer_assignments(network, inputs)[0], LABELS)  # type: ignore[arg-type]
+    elif name == "aliked":
+        network = aliked()
+
+        def loss() -> Tensor:
+            maps = training_maps(network, images)  # type: ignore[arg-type]
+            found = described(network, maps, places)  # type: ignore[arg-type]
+            return maps.score_logits.float().std() + (found * torch.linspace(-1, 1, 64)).sum().abs()
+    else:
+        network = TrainableXFeat()
+        initialise(network)
+
+        def loss() -> Tensor:
+            maps = network(images)
+            return maps.descriptors.float().std() + maps.keypoint_logits.float().std()
+
+    expected = float(loss().detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = loss()
+    low.backward()
+    assert float(low.detach()) == pytest.approx(expected, rel=0.1)
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    assert gradients and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+
+def test_the_places_of_a_deformable_convolution_are_told_exactly_in_bfloat16() -> None:
+    features = torch.rand(1, 4, 3, 700)
+    offsets, weight = torch.zeros(1, 18, 3, 700), torch.randn(4, 4, 3, 3)
+    plain = torch.nn.functional.conv2d(features, weight, padding=1)
+    low = deformable_conv2d(features.bfloat16(), offsets.bfloat16(), weight)
+    assert float((low - plain).abs().max()) < 0.05 * float(plain.abs().max())

@@ -65,7 +65,8 @@ def training_maps(network: AlikedNetwork, images: Tensor, inputs: tuple[Tensor, 
             part = functional.interpolate(part, (height, width), mode="bilinear", align_corners=True)
         mixed = mixed + part
     logits = network.score_head[1:](mixed)
-    tables = [as_table(branch) for branch in branches]
+    # In float32 whatever the convolutions work in: many gradients are added up in few cells.
+    tables = [as_table(branch).float() for branch in branches]
     layout = create_layout(height, width, images.device)
     return TrainingMaps(logits, tuple(stages), tables[0], tuple(tables[1:]), layout)
 

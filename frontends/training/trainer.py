@@ -222,9 +222,11 @@ class Trainer:
         """The same answer in all processes: whoever is out of time ends it for all."""
         is_over = self.share >= 1.0 or self._stop.is_set() or (until_step is not None and self.step >= until_step)
         if self.place.count > 1:
-            flag = torch.tensor([float(is_over)], device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            is_over = bool(flag.item() > 0)
+            flags = torch.tensor([float(is_over), float(self._stop.is_set())], device=self.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            is_over, is_stopped = (flags > 0).tolist()
+            if is_stopped:
+                self._stop.set()
         return not is_over
 
     def _learning_rate(self) -> float:
