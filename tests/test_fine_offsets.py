@@ -15,12 +15,14 @@ from frontends.base import WeightsError
 from frontends.frontend import create_pair_matcher
 from frontends.training.fine_offsets import cell_pairs, fine_matcher
 from frontends.training.homographic_pairs import WarpConfig, homography_flow, random_homography
+from frontends.weights import load_file
 from frontends.xfeat_star import XFeatStarConfig, load_fine_matcher, refine
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import train_xfeat_star  # noqa: E402
+from packaged_weights import write_weights  # noqa: E402
 
 needs_weights = pytest.mark.skipif("LIGHTVO_WEIGHTS" not in os.environ, reason="LIGHTVO_WEIGHTS is not set")
 
@@ -61,6 +63,22 @@ def test_the_trained_layers_are_those_that_are_loaded() -> None:
     rows = torch.randn(10, 128)
     with torch.no_grad():
         torch.testing.assert_close(loaded(rows), matcher.eval()(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_packaged_weights_of_a_fine_matcher_refine_as_it_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    matcher = fine_matcher()
+    with torch.no_grad():
+        matcher(1e-3 * torch.randn(64, 128))  # variances that float16 would not resolve
+    own = {f"fine_matcher.{name}": tensor for name, tensor in matcher.state_dict().items()}
+    path = tmp_path / "mine.safetensors"
+    write_weights(own, path, {"data": "none"})
+    state_dict, file = load_file(path)
+    assert file.name == "mine" and not any(name.endswith("num_batches_tracked") for name in state_dict)
+    loaded = load_fine_matcher({name: tensor.float() for name, tensor in state_dict.items()}, torch.device("cpu"))
+    rows = 1e-3 * torch.randn(10, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(rows), matcher.eval()(rows), atol=5e-3, rtol=5e-3)
 
 
 @needs_weights
