@@ -82,9 +82,7 @@ def _our_orb(options: Options) -> tuple[Extractor, Matcher]:
 
 
 def _our_r2d2(options: Options) -> tuple[Extractor, Matcher]:
-    weights = options.weights_of("ours-r2d2")
-    if weights is None:
-        raise NotHere("has no weights that may be passed on; give --weights ours-r2d2=FILE (tools/train_r2d2.py)")
+    weights = options.weights_of("ours-r2d2")  # None: our own small network
     config = R2d2Config(max_keypoints=options.max_keypoints, max_side=640, min_side=640, weights=weights)
     return _ours(config, NearestConfig())
 
