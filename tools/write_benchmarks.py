@@ -26,6 +26,7 @@ from benchmark_tables import (
     table,
     trajectory_line,
 )
+from endurance_tables import endurance_lines
 from engine_tables import check_lines, engine_lines
 from matching_tables import matcher_gain_lines, own_weights_lines
 from peer_tables import peer_lines
@@ -53,9 +54,11 @@ SCHEMAS = {
     "lightvo-wire/1": "wire",
     "lightvo-stuck/1": "stuck",
     "lightvo-viewer/1": "viewer",
+    "lightvo-live/1": "live",
+    "lightvo-soak/1": "soak",
 }
 
-PROOFS = ("wire", "stuck", "viewer", "peers", "batch", "pairs", "guard", "guard-check", "faults")
+PROOFS = ("wire", "stuck", "viewer", "live", "soak", "peers", "batch", "pairs", "guard", "guard-check", "faults")
 
 # What only a GPU can show: the figure, its bound on one H200, the file that holds it and where it stands there. One
 # command measures all of them.
@@ -234,6 +237,7 @@ def render(results: dict[str, list[Tree]]) -> str:
         "`tools/measure_wire.py`, `tools/measure_stuck.py`, `tools/measure_viewer.py`.",
         "",
         *wire_lines(results["wire"], results["stuck"], results["viewer"]),
+        *endurance_lines(results["live"], results["soak"]),
         *_proofs(results),
         *_gpu(on_gpu, results["gpu-trajectory"], results["gpu-engine"], results["gpu-checks"]),
     ]
