@@ -29,6 +29,8 @@ Made = TypeVar("Made")
 # How long a stage may take to end once the run is to end. One that takes longer, hanging in a driver or at work in a
 # slow network, is left behind: whoever stops a run has its results within two seconds.
 STOP_TIMEOUT_S = 1.2
+# After a failure that nobody waits for, a frame under way may take so many times that.
+_DRAIN_FACTOR = 10
 _POLL_S = 0.05
 # How long the capture may take to notice a stop by itself before its source is closed under it.
 _CLOSE_AFTER_S = 0.3
@@ -228,7 +230,7 @@ class Stages:
 
     def _wait(self, threads: Sequence[_StageThread], stop_timeout_s: float) -> None:
         """Waits for all threads; once the run is to end, for a limited time. Raises what the first one raised."""
-        ending_s, is_source_closed = None, False
+        ending_s, is_source_closed, num_delivered = None, False, 0
         while any(thread.is_alive() for thread in threads):
             for thread in threads:
                 thread.join(_POLL_S / len(threads))
@@ -241,7 +243,10 @@ class Stages:
                 # A camera that delivers nothing would hold the capture for ever.
                 self._source.close()
                 is_source_closed = True
-            if waited_s > stop_timeout_s:
+            if not self._stop.is_set() and self._meter.num_processed > num_delivered:
+                # Nobody is in a hurry, and what was captured before the failure is still coming through.
+                num_delivered, ending_s = self._meter.num_processed, time.monotonic()
+            elif waited_s > stop_timeout_s * (1 if self._stop.is_set() else _DRAIN_FACTOR):
                 self._give_up_waiting(threads)
                 break
         for thread in threads:
