@@ -43,10 +43,15 @@ def test_what_is_flat_and_what_is_not() -> None:
     warm = [100.0, 300.0]
     flat = judge(samples([*warm, *[400.0, 405.0] * 20]), 120.0)
     assert flat.is_flat
-    assert flat.spread_percent == pytest.approx(1.25)
+    assert flat.spread_percent == flat.momentary_spread_percent == pytest.approx(1.25)
+    moment = judge(samples([*[400.0] * 20, 430.0, *[400.0] * 20]), 0.0)
+    assert moment.is_flat and moment.momentary_spread_percent == pytest.approx(7.5)
+    assert not judge(samples([*[400.0] * 20, *[430.0] * 2, *[400.0] * 20]), 0.0).is_flat
     leak = judge(samples([*warm, *(400.0 + index for index in range(30))]), 120.0)
     assert not leak.is_flat and leak.growth_percent > 5
-    assert judge(samples([*warm, *[400.0] * 5]), 0.0).spread_percent > 100, "the warm-up is judged where it is none"
+    assert judge(samples([*warm, *[400.0] * 5]), 0.0).spread_percent > 90, "the warm-up is judged where it is none"
+    fewer = [replace(sample, num_files=19 - (index == 7)) for index, sample in enumerate(samples([400.0] * 40))]
+    assert judge(fewer, 0.0).is_flat and judge(fewer, 0.0).num_files == (18, 19)
     files = [replace(sample, num_files=19 + index // 20) for index, sample in enumerate(samples([400.0] * 40))]
     assert not judge(files, 0.0).is_flat
     threads = [replace(sample, num_threads=13 + index // 39) for index, sample in enumerate(samples([400.0] * 40))]
@@ -104,5 +109,5 @@ def test_the_tables_show_what_was_found() -> None:
     }
     text = "\n".join(endurance_tables.endurance_lines([live], [a_soak]))
     assert "| 18000 | 6000 | 11990 | 7 | 100 | 170, 240, 400 | 1.70 | 171, 169 | 4 % |" in text
-    assert "| `vo run loop:demo` | 60 | 12345 | 2 | 402 | 0.50 % |" in text
+    assert "| `vo run loop:demo` | 60 | 12345 | 2 | 402 | 0.25 % (0.50 %) |" in text
     assert "Not measured yet." in "\n".join(endurance_tables.endurance_lines([], []))

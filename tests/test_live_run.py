@@ -245,7 +245,7 @@ def steps_with_faults(
 
     from vo.sources.base import Source
 
-    config = load_config("orb", ("publisher.endpoint=off", "frontend.extractor.max_keypoints=600"))
+    config = load_config("orb", SETTINGS)
     frontend = create_frontend(config.frontend, torch.device("cpu"))
     rng = np.random.default_rng(0)
     plain = open_source("demo")
@@ -264,7 +264,7 @@ def steps_with_faults(
 
     source: Source = Spoilt()
     poses: list[PoseEstimate] = []
-    run(config, source, frontend, [lambda result: poses.append(result.step.pose)], threaded=False, max_frames=last + 25)
+    run(config, source, frontend, [lambda result: poses.append(result.step.pose)], threaded=False, max_frames=last + 13)
     return poses
 
 
@@ -274,7 +274,7 @@ def steps_with_faults(
 )
 def test_no_wild_pose_comes_of_a_bad_image(spoil: Spoiler, is_blind: bool) -> None:
     """What has a pose is where the camera truly was; what shows nothing has none; tracking goes on afterwards."""
-    first, last = 60, 69
+    first, last = 40, 45
     poses = steps_with_faults(spoil, first, last)
     bad = poses[first : last + 1]
     if is_blind:
@@ -287,5 +287,5 @@ def test_no_wild_pose_comes_of_a_bad_image(spoil: Spoiler, is_blind: bool) -> No
         np.array([pose.timestamp_ns for pose in posed]), np.array([pose.T_world_camera for pose in posed])
     )
     comparison = compare(trajectory, read_trajectory(open_source("demo").ground_truth))  # type: ignore[arg-type]
-    # 1.3 m of path. Positions while initializing are held, which is most of what remains.
-    assert comparison.position_errors_m[30:].max() < 0.08
+    # Half a metre of path. Positions while initializing are held, so the first ones do not count.
+    assert comparison.position_errors_m[25:].max() < 0.08

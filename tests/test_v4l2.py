@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vo import doctor
 from vo.sources import v4l2
 from vo.sources.v4l2 import CameraDevice, Mode, choose_mode, find_cameras, read_camera_device
 
@@ -172,3 +173,32 @@ def test_a_preference_that_is_not_offered_gives_way() -> None:
 
 def test_a_camera_that_names_no_format() -> None:
     assert CameraDevice(Path("/dev/video3"), "Odd", "", ()).describe() == "video3: Odd (says no format)"
+
+
+# --- what vo doctor says of them ---
+
+
+def test_the_doctor_lists_every_camera_with_its_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (0, 1):
+        (tmp_path / f"video{number}").touch()
+    listed = find_cameras(tmp_path, lambda path: FakeKernel(device=0x04A00000 if path.name == "video1" else 0x04200001))
+    monkeypatch.setattr(v4l2, "find_cameras", lambda directory: listed)
+    (check,) = doctor._check_cameras(tmp_path)
+    assert (check.name, check.state.value) == (f"camera webcam:{tmp_path}/video0", "works")
+    assert check.detail == "video0: HD Webcam (YUYV 1280x720 at 10 fps, MJPG 1280x720 at 60 fps)"
+
+
+def test_the_doctor_says_why_there_is_no_camera(tmp_path: Path) -> None:
+    (check,) = doctor._check_cameras(tmp_path)
+    assert (check.state.value, check.is_required) == ("missing", False)
+    assert "connect a camera" in check.remedy
+    (tmp_path / "video0").write_text("a file, not a device")
+    (check,) = doctor._check_cameras(tmp_path)
+    assert (check.state.value, check.detail) == ("missing", "video0: none captures video")
+
+
+def test_the_doctor_knows_a_camera_that_may_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "video0").touch()
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    (check,) = doctor._check_cameras(tmp_path)
+    assert (check.state.value, check.remedy) == ("broken", "add yourself to the group video and log in again")

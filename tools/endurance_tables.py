@@ -45,7 +45,8 @@ def endurance_lines(lives: Sequence[Tree], soaks: Sequence[Tree]) -> list[str]:
         )
         lines += [
             "`python tools/soak.py`: `vo run` in a loop at full speed, with a consumer of everything. Memory after the",
-            "warm-up: largest against smallest, and the last tenth against the first; the bound is 3 %.",
+            "warm-up: largest against smallest (medians of three looks in a row; in brackets single looks: a clip that",
+            "is opened anew has a decoder more or less for a moment), the last tenth against the first. Bound: 3 %.",
             "",
             *table(header, [_soak_row(soak) for soak in soaks], num_left=1),
             "",
@@ -79,7 +80,7 @@ def _soak_row(soak: Tree) -> tuple[str, ...]:
         f"{soak['num_frames']}",
         f"{soak['num_lost_episodes']}",
         f"{soak['samples'][-1]['resident_bytes'] / 1e6:.0f}",
-        f"{verdict['spread_percent']:.2f} %",
+        f"{verdict['spread_percent']:.2f} % ({verdict['momentary_spread_percent']:.2f} %)",
         f"{verdict['growth_percent']:+.2f} %",
         f"{files[0]}" if files[0] == files[1] else f"{files[0]} to {files[1]}",
         f"{threads[0]}" if threads[0] == threads[1] else f"{threads[0]} to {threads[1]}",
