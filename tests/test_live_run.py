@@ -12,7 +12,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -24,14 +25,14 @@ from numpy.typing import NDArray
 
 from vo import cli
 from vo.config_loader import load_config
-from vo.evaluation import compare
 from vo.frontend import create_frontend
+from vo.geometry import rotation_angle
 from vo.pipeline import run
 from vo.sources import open_source
 from vo.stages import FrameResult
 from vo.summary import RunSummary
-from vo.trajectory import Trajectory, read_trajectory
-from vo.types import PoseEstimate, Rejection, TrackingStatus
+from vo.trajectory import read_trajectory
+from vo.types import Frame, PoseEstimate, Rejection, TrackingStatus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
@@ -237,16 +238,12 @@ def dimmed(image: Image, rng: np.random.Generator) -> Image:
     return np.asarray(cv2.convertScaleAbs(image, alpha=0.45), np.uint8)
 
 
-def steps_with_faults(
-    spoil: Callable[[Image, np.random.Generator], Image], first: int, last: int
-) -> list[PoseEstimate]:
-    """The clip through ORB, with frames `first` to `last` spoilt, in a loop and without dropping any."""
-    from dataclasses import replace
+FIRST_BAD, LAST_BAD, NUM_FRAMES = 40, 45, 58
 
-    from vo.sources.base import Source
 
-    config = load_config("orb", SETTINGS)
-    frontend = create_frontend(config.frontend, torch.device("cpu"))
+def poses_of(spoil: Spoiler | None) -> list[PoseEstimate]:
+    """The clip through ORB in a loop, some frames spoilt: the same frames give the same poses."""
+    frontend = create_frontend(load_config("orb", SETTINGS).frontend, torch.device("cpu"))
     rng = np.random.default_rng(0)
     plain = open_source("demo")
 
@@ -254,18 +251,29 @@ def steps_with_faults(
         name, camera, is_live, num_frames = "spoilt", plain.camera, False, None
         skipped, ground_truth, stereo = (), None, None
 
-        def frames(self):
+        def frames(self) -> Iterator[Frame]:
             for frame in plain.frames():
-                is_bad = first <= frame.index <= last
-                yield replace(frame, image=spoil(frame.image, rng)) if is_bad else frame
+                is_bad = spoil is not None and FIRST_BAD <= frame.index <= LAST_BAD
+                yield replace(frame, image=spoil(frame.image, rng)) if spoil is not None and is_bad else frame
 
         def close(self) -> None:
             plain.close()
 
-    source: Source = Spoilt()
     poses: list[PoseEstimate] = []
-    run(config, source, frontend, [lambda result: poses.append(result.step.pose)], threaded=False, max_frames=last + 13)
+    run(
+        load_config("orb", SETTINGS),
+        Spoilt(),
+        frontend,
+        [lambda result: poses.append(result.step.pose)],
+        threaded=False,
+        max_frames=NUM_FRAMES,
+    )
     return poses
+
+
+@cache
+def sound_poses() -> list[PoseEstimate]:
+    return poses_of(None)
 
 
 @pytest.mark.parametrize(
@@ -273,19 +281,20 @@ def steps_with_faults(
     [(dark, True), (covered, True), (overexposed, True), (a_hand, False), (smeared, False), (dimmed, False)],
 )
 def test_no_wild_pose_comes_of_a_bad_image(spoil: Spoiler, is_blind: bool) -> None:
-    """What has a pose is where the camera truly was; what shows nothing has none; tracking goes on afterwards."""
-    first, last = 40, 45
-    poses = steps_with_faults(spoil, first, last)
-    bad = poses[first : last + 1]
+    """What has a pose is where it is without the fault; what shows nothing has none; tracking goes on afterwards."""
+    poses, sound = poses_of(spoil), sound_poses()
+    assert all(pose.T_world_camera is not None for pose in sound)
     if is_blind:
+        bad = poses[FIRST_BAD : LAST_BAD + 1]
         assert all(pose.T_world_camera is None and pose.rejection is Rejection.DEGENERATE for pose in bad)
-    after = poses[last + 1 :]
-    assert after[-1].status in (TrackingStatus.TRACKING, TrackingStatus.RELOCALIZED)
-    assert {pose.segment_id for pose in poses} == {poses[0].segment_id}
-    posed = [pose for pose in poses if pose.T_world_camera is not None]
-    trajectory = Trajectory(
-        np.array([pose.timestamp_ns for pose in posed]), np.array([pose.T_world_camera for pose in posed])
-    )
-    comparison = compare(trajectory, read_trajectory(open_source("demo").ground_truth))  # type: ignore[arg-type]
-    # Half a metre of path. Positions while initializing are held, so the first ones do not count.
-    assert comparison.position_errors_m[25:].max() < 0.08
+    assert poses[-1].status in (TrackingStatus.TRACKING, TrackingStatus.RELOCALIZED)
+    assert {pose.segment_id for pose in poses} == {0}
+    assert sum(pose.T_world_camera is not None for pose in poses[LAST_BAD + 1 :]) >= 10
+    path = np.array([pose.T_world_camera[:3, 3] for pose in sound if pose.T_world_camera is not None])
+    extent = float(np.linalg.norm(np.ptp(path, axis=0)))
+    for pose, truth in zip(poses, sound, strict=True):
+        if pose.T_world_camera is None or truth.T_world_camera is None:
+            continue
+        off = np.linalg.inv(truth.T_world_camera) @ pose.T_world_camera
+        assert np.linalg.norm(off[:3, 3]) < 0.15 * extent, f"frame {pose.frame_index}"
+        assert np.rad2deg(rotation_angle(off[:3, :3])) < 3.0, f"frame {pose.frame_index}"
