@@ -164,9 +164,9 @@ def _lit(
     """Brightness along rays (H, W, 2); ray t d meets the board at p = t d, where R^T (p - c) = (x, y, 0)."""
     normal, centre = pose[:3, 2], pose[:3, 3]
     x_ray, y_ray = np.ascontiguousarray(rays[..., 0]), np.ascontiguousarray(rays[..., 1])
-    t = np.float32(normal @ centre) / (
-        np.float32(normal[0]) * x_ray + np.float32(normal[1]) * y_ray + np.float32(normal[2])
-    )
+    towards = np.float32(normal[0]) * x_ray + np.float32(normal[1]) * y_ray + np.float32(normal[2])
+    meets = towards * np.float32(np.sign(normal @ centre)) > 1e-4  # in front of the camera, not seen from the edge
+    t = np.float32(normal @ centre) / np.where(meets, towards, np.float32(1.0))
     at = []
     for axis, shift in ((0, rolling_m), (1, 0.0)):
         a, cell_m = pose[:3, axis], SQUARE_M / _CELLS * pattern.stretch[axis]
@@ -175,7 +175,7 @@ def _lit(
         cells = (along - np.float32(a @ centre) - moved) / np.float32(cell_m) + np.float32(
             pattern.origin_cells[axis] + 1.0
         )
-        at.append(np.clip(cells, 0.0, pattern.bitmap.shape[1 - axis] + 1).astype(np.int32))
+        at.append(np.where(meets, np.clip(cells, 0.0, pattern.bitmap.shape[1 - axis] + 1), 0.0).astype(np.int32))
     framed = np.pad(25 + (pattern.bitmap > 127) * np.uint8(205), 1, constant_values=90)
     return framed[at[1], at[0]]
 

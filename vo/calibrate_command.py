@@ -193,9 +193,13 @@ def _collect(
     for frame in source.frames():
         view = find_board(frame.image, board, f"frame {frame.index}", is_live=True)
         offer = collector.consider(view)
-        if offer is Offer.KEPT and (refined := find_board(frame.image, board, f"frame {frame.index}")) is not None:
-            collector.keep(refined)
-            _save(frame.image, len(collector.views), request)
+        if offer is Offer.KEPT:
+            refined = find_board(frame.image, board, f"frame {frame.index}")
+            if refined is None:
+                offer = Offer.BLURRED  # no corner of it could be fitted
+            else:
+                collector.keep(refined)
+                _save(frame.image, len(collector.views), request)
         if window is not None and not window.show(frame.image, view, collector, offer):
             return
         if not request.is_quiet and (offer is Offer.KEPT or time.monotonic() >= next_line_s):

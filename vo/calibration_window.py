@@ -21,12 +21,15 @@ class CalibrationWindow:
 
     def __init__(self) -> None:
         cv2.namedWindow(_TITLE, cv2.WINDOW_AUTOSIZE)
+        self._has_been_visible = False  # a window manager may take a while
 
     def show(self, image: NDArray[np.uint8], view: BoardView | None, collector: ViewCollector, offer: Offer) -> bool:
         """Draws; False when the user has had enough: Enter, the space bar, Q, Escape, or a closed window."""
         cv2.imshow(_TITLE, overlay(image, view, collector, offer))
         key = cv2.waitKey(1) & 0xFF
-        is_closed = cv2.getWindowProperty(_TITLE, cv2.WND_PROP_VISIBLE) < 1
+        is_visible = cv2.getWindowProperty(_TITLE, cv2.WND_PROP_VISIBLE) >= 1
+        is_closed = self._has_been_visible and not is_visible
+        self._has_been_visible |= is_visible
         return key not in (*_KEYS_STOP, *_KEYS_FINISH) and not is_closed
 
     def close(self) -> None:
