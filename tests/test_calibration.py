@@ -151,7 +151,7 @@ def test_blurred_images_are_not_good_enough(kind: str) -> None:
     pattern, rays = charuco(), rays_of(BROWN)
     rng = np.random.default_rng(5)
     images = []
-    for seed, pose in enumerate(board_poses(BROWN, pattern, 20, seed=4)):
+    for seed, pose in enumerate(board_poses(BROWN, pattern, 14, seed=4)):
         angle = rng.uniform(0, np.pi)
         motion = 9.0 * np.array([np.cos(angle), np.sin(angle)])
         how = {"blur_px": 0.8, "motion_px": tuple(motion)} if kind == "motion" else {"blur_px": 3.2}
