@@ -175,7 +175,7 @@ _RUN = """
 import sys, time
 import numpy as np, torch
 import frontends.orb
-from vo.cli import main
+from vo.cli import program
 kind = sys.argv[1]
 extract, seen = frontends.orb.Orb.extract, [0]
 def extracting(self, image):
@@ -190,7 +190,8 @@ def extracting(self, image):
         print("running", flush=True)
     return extract(self, image)
 frontends.orb.Orb.extract = extracting
-sys.exit(main(["run", "loop:demo", "--config", "orb", "--output", sys.argv[2], "--publish", "off", "--quiet"]))
+sys.argv = ["vo", "run", "loop:demo", "--config", "orb", "--output", sys.argv[2], "--publish", "off", "--quiet"]
+program()
 """
 
 

@@ -746,3 +746,10 @@ def test_damping_that_grows_at_once_still_gets_there_in_few_steps():
     start = T @ exp_se3(np.array([0.05, -0.04, 0.06, 0.004, -0.006, 0.005]))
     pose = refine_absolute_pose(start, points, rays1, FOCAL_PX, 60.0, 6)
     np.testing.assert_allclose(pose.T_world_camera, T, atol=1e-7)
+
+
+@given(st.tuples(*[st.floats(-3.0, 3.0)] * 3), st.floats(-9.0, 0.0))
+def test_rotation_of_a_vector_is_that_of_scipy(direction: tuple[float, float, float], exponent: float) -> None:
+    """Another implementation of the same formula, at every size of angle."""
+    phi = np.array(direction) * 10.0**exponent
+    np.testing.assert_allclose(exp_so3(phi), Rotation.from_rotvec(phi).as_matrix(), rtol=0, atol=1e-15)

@@ -22,16 +22,6 @@ _MAY_HANG = frozenset({"camera", "capture", "extract", "match", "track", "publis
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line. Exit codes: 0 done, 2 an error of the user or the environment, 130 interrupted."""
-    exit_code = _exit_code(arguments)
-    if any(getattr(thread, "is_left_behind", False) and thread.is_alive() for thread in threading.enumerate()):
-        # A thread in the middle of a library's code would crash the interpreter on its way out, or hold it up.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    return exit_code
-
-
-def _exit_code(arguments: Sequence[str] | None) -> int:
     options = build_parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:

@@ -105,8 +105,6 @@ class _StageThread(threading.Thread):
         self.gives_to = gives_to
         self.failure: BaseException | None = None
         self.failed_ns = 0
-        # Whoever ends the process looks here: see vo.cli.
-        self.is_left_behind = False
 
     def run(self) -> None:
         with ExitStack() as ending:
@@ -249,9 +247,7 @@ class Stages:
             elif waited_s > stop_timeout_s * (1 if self._stop.is_set() else _DRAIN_FACTOR):
                 self._give_up_waiting(threads)
                 break
-        for thread in threads:
-            thread.is_left_behind = thread.is_alive()
-        self._meter.left_behind = tuple(thread.name for thread in threads if thread.is_left_behind)
+        self._meter.left_behind = tuple(thread.name for thread in threads if thread.is_alive())
         failures = sorted((thread for thread in threads if thread.failure), key=lambda thread: thread.failed_ns)
         if failures and failures[0].failure is not None:
             raise failures[0].failure
