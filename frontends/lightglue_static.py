@@ -120,7 +120,7 @@ class LightGlueStatic:
             cosine=angles.cos().to(self.dtype),
             sine=angles.sin().to(self.dtype),
             is_in=positions < count,
-            kept=positions.expand(2, -1),
+            kept=positions.repeat(2, 1),  # laid out as in the buffers: a compiler makes a graph per layout
             is_done=(count == 0).any(),
             stop_layer=torch.zeros((), dtype=torch.int64, device=self.device),
             num_points=count.sum().to(torch.float64),

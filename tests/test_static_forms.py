@@ -23,10 +23,11 @@ from frontends.base import Features, Matches
 from frontends.feature_pool import RowLayout
 from frontends.graphs import EmulatedBackend
 from frontends.lightglue import LightGlue, LightGlueConfig
-from frontends.lightglue_static import DTYPES, ExitRule, LightGlueStatic
+from frontends.lightglue_static import DTYPES, ExitRule, LightGlueStatic, create_static
 from frontends.static_extractor import StaticExtractor
 from frontends.static_form import AreaResize, ExtractorChoice, StaticForm, arithmetic
 from frontends.static_matcher import MatcherChoice, StaticMatcher, fitting_bucket
+from frontends.tuning import compile_steps
 from frontends.weights import load_state_dict
 from frontends.xfeat import XFeat, XFeatConfig
 from frontends.xfeat_static import XFeatStatic
@@ -214,6 +215,29 @@ def test_the_bucket_has_room_and_never_grows(sizes: list[int], num_points: int, 
     bucket = fitting_bucket(sizes, num_points, current)
     assert bucket >= current and sizes[bucket] >= num_points
     assert bucket == len(sizes) - 1 or sizes[bucket + 1] < num_points
+
+
+def test_the_compiler_sees_one_graph_for_all_layers(monkeypatch: pytest.MonkeyPatch):
+    """As far as a compiler's code generation, which takes minutes here: no break, and nothing compiled twice."""
+    graphs: list[str] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(type(module).__name__)
+        return module.forward
+
+    compile_with = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_with(function, backend=backend, **options)
+    )
+    eager = lightglue(depth_confidence=0.9, width_confidence=0.95)
+    matcher = StaticMatcher(eager, RowLayout(192, 64), EmulatedBackend(CPU, is_checked=False))
+    network = create_static(eager, matcher.layout, "float32")
+    compile_steps(network, 300.0)
+    for depth in ("whole", "blocks"):
+        matcher.use(MatcherChoice(depth=depth, is_compiled=True), network)
+        pair = planted_pair(64, 180, 150)
+        assert_same_matches(matcher.match(*pair), eager.match(*pair))
+    assert len(graphs) == 2
 
 
 def test_features_beyond_the_capacity_go_to_the_matcher_as_it_is():
