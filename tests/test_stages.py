@@ -342,6 +342,22 @@ def test_slow_stage_drops_the_oldest_frames_of_a_camera() -> None:
     assert max(run.meter.latencies_ms) < 500
 
 
+def test_dropped_frames_are_counted_while_the_run_goes_on() -> None:
+    """The heartbeat tells how many there are so far."""
+    counts: list[int] = []
+
+    def slow(frame: Frame) -> Features:
+        time.sleep(0.02)
+        return extract(frame)
+
+    run = Run(
+        FakeSource(60, lambda index: time.sleep(0.002)), slow, sink=lambda result: counts.append(run.meter.num_dropped)
+    )
+    run.run(StageOptions(drops_oldest=True, channel_capacity=1))
+    assert counts == sorted(counts)
+    assert 0 < counts[len(counts) // 2] <= run.meter.num_dropped
+
+
 @pytest.mark.parametrize("slow", ["extract", "match", "track", "publish"])
 def test_frames_of_a_camera_do_not_grow_old_between_the_stages(slow: str) -> None:
     """Whatever stage is slow, at most two frames are under way: what waits is the newest frame, nothing done to it."""

@@ -181,6 +181,7 @@ class Stages:
 
         def tracked(extracted: Extracted) -> FrameResult:
             result = self._tracked(extracted)
+            self._meter.num_dropped = frames.num_dropped  # heartbeats tell of it while the run goes on
             if is_live:
                 permits.put(None)
             return result
