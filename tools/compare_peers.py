@@ -4,8 +4,9 @@
 
 The bundled clip, and the head of KITTI 00 where LIGHTVO_DATA has it. Each method has a process of its own, and they
 take turns lap by lap, so that all meet the same machine. Every method goes through the same robust two-view estimation
-and the same full odometry. Ends within --minutes (12): after a few frames of every method it takes so few frames that a
-lap of all fits, and no method begins a further lap that would not; the table says how many each got.
+and the same full odometry. Ends within --minutes (12): after a few frames of every method it takes so few frames (but
+never fewer than 16) that a lap of all fits, and no method begins a further lap that would not; the table says how many
+each got.
 """
 
 from __future__ import annotations
