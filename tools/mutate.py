@@ -1,6 +1,6 @@
 """Check that the tests of a module notice when it is wrong: one small fault at a time, in a copy of the code.
 
-    python tools/mutate.py [--module vo/geometry.py] [--tests tests/test_geometry.py] [--count 60] [--seed 0]
+    python tools/mutate.py [--module vo/geometry.py] [--tests FILE]... [--count 60] [--seed 0]
 
 Faults are drawn at random from all that these operators give: + and -, * and /, & and |, `and` and `or` exchanged, the
 sides of @ exchanged, comparisons negated, minus signs and `not` dropped, whole numbers raised by one (the ends of
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = faults_in(source)
     chosen = random.Random(options.seed).sample(faults, min(options.count, len(faults)))
     mutants = [mutant(source, *fault) for fault in sorted(chosen)]
-    tests = options.tests or ["tests/test_geometry.py"]
+    tests = options.tests or ["tests/test_geometry.py", "tests/test_first_pose.py"]
     with tempfile.TemporaryDirectory() as directory:
         try:
             verdicts = judge(Path(directory), module, mutants, tests)
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Check that the tests of a module notice faults in it.")
     parser.add_argument("--module", default="vo/geometry.py", help="default: %(default)s")
-    parser.add_argument("--tests", action="append", metavar="FILE", help="repeatable (default: tests/test_geometry.py)")
+    parser.add_argument("--tests", action="append", metavar="FILE", help="repeatable (default: those of geometry)")
     parser.add_argument("--count", type=int, default=60, help="faults drawn (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     parser.add_argument("--minimum", type=float, default=0.9, help="share to be killed (default: %(default)s)")
