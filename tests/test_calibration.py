@@ -13,7 +13,7 @@ from rendered_boards import Pattern, board_poses, charuco, chessboard, rays_of, 
 from scipy.optimize import least_squares
 
 from vo.calibration import Calibration, calibrate
-from vo.calibration_boards import BoardView, CalibrationError, find_board, parse_board
+from vo.calibration_boards import BoardView, find_board, parse_board
 from vo.calibration_verdict import Grade
 from vo.geometry import exp_so3, project
 from vo.sources.cameras import make_camera
@@ -147,8 +147,8 @@ def test_corners_lie_where_they_were_rendered(setting: Setting) -> None:
 
 @pytest.mark.parametrize("kind", ["motion", "defocus"])
 def test_blurred_images_are_not_good_enough(kind: str) -> None:
-    """Moved by hand in poor light, or out of focus: most boards are found, and the verdict says what is wrong."""
-    pattern, rays = charuco(), rays_of(BROWN)
+    """Moved by hand in poor light, or out of focus: most boards are still found, and the verdict says what is wrong."""
+    pattern, rays = chessboard(), rays_of(BROWN)
     rng = np.random.default_rng(5)
     images = []
     for seed, pose in enumerate(board_poses(BROWN, pattern, 14, seed=4)):
@@ -156,17 +156,14 @@ def test_blurred_images_are_not_good_enough(kind: str) -> None:
         motion = 9.0 * np.array([np.cos(angle), np.sin(angle)])
         how = {"blur_px": 0.8, "motion_px": tuple(motion)} if kind == "motion" else {"blur_px": 3.2}
         images.append(render(pattern, pose, BROWN, rays, seed, noise=6.0, contrast=0.6, **how))
-    found = [view for view in find(images, "charuco:10x7", "blurred") if view is not None]
-    try:
-        calibration = calibrate(found, parse_board("charuco:10x7", 0.025), (640, 480))
-    except CalibrationError as error:
-        assert "can be used" in str(error)
-        return
-    assert calibration.verdict.grade is Grade.POOR, calibration.measures
-    assert any("blurred" in line for line in calibration.verdict.lines())
+    found = [view for view in find(images, "chessboard:9x6", "blurred") if view is not None]
+    assert len(found) >= 8
+    verdict = calibrate(found, parse_board("chessboard:9x6", 0.025), (640, 480)).verdict
+    assert verdict.grade is Grade.POOR
+    assert any(one.grade is Grade.POOR and "blurred" in one.text for one in verdict.findings), verdict.lines()
 
 
-def test_mirrored_and_colour_images_are_found() -> None:
+def test_colour_images_are_found_as_gray_ones_are() -> None:
     pattern, rays = chessboard(), rays_of(BROWN)
     gray = render(pattern, board_poses(BROWN, pattern, 1, seed=2)[0], BROWN, rays, 0)
     board = parse_board("chessboard:9x6", 0.025)
