@@ -64,8 +64,11 @@ def test_the_true_motion_is_among_those_of_a_plane() -> None:
 
 
 def test_a_plane_needs_enough_matches_on_it() -> None:
-    rays0, rays1 = seen(points_on_a_plane(120))
-    assert _planar_motions(rays0, rays1, THRESHOLD, 121) == []
+    """A tenth of the matches is wrong."""
+    rays0, rays1 = seen(points_on_a_plane(200))
+    rays1[::10] += np.array([0.15, 0.1])
+    assert min(max(errors_deg(T)) for T in _planar_motions(rays0, rays1, THRESHOLD, 178)) < 0.1
+    assert _planar_motions(rays0, rays1, THRESHOLD, 190) == []
     assert _planar_motions(*seen(points_in_space(200)), THRESHOLD, 100) == []
 
 

@@ -380,12 +380,12 @@ def estimate_first_pose(
 
 def _planar_motions(rays0: FloatArray, rays1: FloatArray, threshold: float, num_needed: int) -> list[FloatArray]:
     """The motions (4, 4) that a plane seen by `num_needed` matches allows, with the points before both cameras."""
-    H, _ = cv2.findHomography(
-        np.ascontiguousarray(rays0), np.ascontiguousarray(rays1), cv2.USAC_MAGSAC, 1.5 * threshold, maxIters=1000
-    )
+    # OpenCV's estimator is made for pixels: among rays a few wrong matches lead it astray.
+    H, _ = cv2.findHomography(rays0 / threshold, rays1 / threshold, cv2.USAC_MAGSAC, 1.5, maxIters=1000)
     if H is None or not np.isfinite(H).all():
         return []
-    H = np.asarray(H, dtype=np.float64)
+    unit = np.diag([threshold, threshold, 1.0])
+    H = unit @ np.asarray(H, dtype=np.float64) @ np.diag([1 / threshold, 1 / threshold, 1.0])
     moved = homogeneous(rays0) @ H.T
     error = np.linalg.norm(moved[:, :2] / moved[:, 2:] - rays1, axis=1)
     fits = error < 1.5 * threshold
