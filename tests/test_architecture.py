@@ -17,6 +17,7 @@ LAYERS = (
     {
         "vo.config",
         "vo.geometry",
+        "vo.absolute_pose",
         "vo.output",
         "vo.channel",
         "vo.wire",
@@ -140,7 +141,7 @@ ONLY_IMPORTERS = {
 
 MAX_LINES = 520
 # Longer than they should be; these may shrink, not grow.
-LONG_FILES = {"vo/geometry.py": 650}
+LONG_FILES = {"vo/geometry.py": 560}
 
 
 def layer_of(module: str) -> int:

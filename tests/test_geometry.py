@@ -10,11 +10,10 @@ from scipy.linalg import expm
 from scipy.optimize import least_squares, minimize
 from scipy.spatial.transform import Rotation
 
+from vo.absolute_pose import AbsolutePose, estimate_absolute_pose, refine_absolute_pose
 from vo.config import TwoViewConfig
 from vo.geometry import (
-    AbsolutePose,
     essential_matrix,
-    estimate_absolute_pose,
     estimate_relative_pose,
     exp_se3,
     exp_so3,
@@ -27,7 +26,6 @@ from vo.geometry import (
     parallax,
     project,
     ray_depths,
-    refine_absolute_pose,
     refine_relative_pose,
     reproject,
     reproject_each,

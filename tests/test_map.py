@@ -18,7 +18,15 @@ from synthetic_world import (
 
 from vo.bundle import RadialPrior, corrected_rays
 from vo.config import DepthScaleConfig, ExternalScaleConfig, GroundTruthScaleConfig, OdometryConfig, TwoViewConfig
-from vo.geometry import estimate_first_pose, exp_se3, homogeneous, invert_pose, make_pose, reproject, transform
+from vo.geometry import (
+    estimate_first_pose,
+    exp_se3,
+    homogeneous,
+    invert_pose,
+    make_pose,
+    reproject,
+    transform,
+)
 from vo.odometry import Odometry
 from vo.refined import RefinedTrajectory
 from vo.scale import ExternalReadings, depths_at
@@ -325,7 +333,10 @@ def test_the_covariance_of_a_pose_is_that_of_many_runs():
     """Normalised estimation error squared of the posed frame over 200 draws of the noise, within its 95 % bounds."""
     from scipy.stats import chi2
 
-    from vo.geometry import log_se3, refine_absolute_pose
+    from vo.absolute_pose import refine_absolute_pose
+    from vo.geometry import (
+        log_se3,
+    )
 
     rng = np.random.default_rng(0)
     points = rng.uniform((-4, -3, 4), (4, 3, 15), (200, 3))

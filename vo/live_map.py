@@ -13,9 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
+from vo.absolute_pose import AbsolutePose, estimate_absolute_pose
 from vo.bundle import WindowSolution, corrected_rays
 from vo.config import OdometryConfig
-from vo.geometry import AbsolutePose, estimate_absolute_pose, parallax, reproject, rotation_angle, undistort
+from vo.geometry import (
+    parallax,
+    reproject,
+    rotation_angle,
+    undistort,
+)
 from vo.posing import MatchFunction
 from vo.scale_source import ScaleSource
 from vo.self_calibration import FocalEstimate, FocalSearch

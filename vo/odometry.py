@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
+from vo.absolute_pose import AbsolutePose
 from vo.config import OdometryConfig, RelativeScaleConfig, TwoViewConfig
 from vo.geometry import (
-    AbsolutePose,
     estimate_first_pose,
     fit_rotation,
     invert_pose,

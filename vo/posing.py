@@ -9,17 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
+from vo.absolute_pose import AbsolutePose, estimate_absolute_pose, refine_absolute_pose
 from vo.config import OdometryConfig, TwoViewConfig
 from vo.geometry import (
-    AbsolutePose,
     essential_matrix,
-    estimate_absolute_pose,
     estimate_relative_pose,
     fit_rotation,
     invert_pose,
     make_pose,
     parallax,
-    refine_absolute_pose,
     reproject,
     sampson_distance,
     transform,

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
+from vo.absolute_pose import estimate_absolute_pose
 from vo.bundle import FocalPrior, RadialPrior, WindowProblem, WindowSolution, corrected_rays, optimize_window
 from vo.config import OdometryConfig
 from vo.geometry import (
-    estimate_absolute_pose,
     invert_pose,
     reproject,
     reproject_each,
