@@ -92,11 +92,13 @@ class DepthScaleConfig(_RangeScaleConfig):
     edge_ratio: float = setting(
         0.05, minimum=0.001, maximum=1.0, help="spread of depths around a keypoint that marks an edge, ratio"
     )
+    # Off: depth images that nobody registered, which many sequences have, would bend the map.
     inverse_sigma: float = setting(
-        0.008,
+        0.0,
         minimum=0.0,
         maximum=1.0,
-        help="of the inverse depth at a landmark, for the window, 1/m, 1 sigma; 0: depths set the unit and no more",
+        help="of inverse depths at landmarks, as measurements of the window, 1/m, 1 sigma (registered Kinect depth: "
+        "0.008); 0: depths set the unit and no more",
     )
 
 
