@@ -4,6 +4,7 @@ The environment is set before any of them loads the libraries: what `vo run` set
 """
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 
@@ -11,6 +12,10 @@ import pytest
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# FFmpeg reads it once, at the first video of the process, which may be one that a test writes.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+# Whoever runs the tests in the background may have it ignored, and programs started here would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
