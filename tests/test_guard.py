@@ -172,6 +172,12 @@ def test_bands_are_set_with_a_reason_and_held(
     stored = yaml.safe_load(path.read_text())
     assert [entry["reason"] for entry in stored["history"]] == ["the first ones ever", "a better window"]
     assert stored["cases"]["clip-orb"]["ate_rmse_m"] == 0.05
+    other = {**FIGURES, "ate_rmse_m": 0.04, "mean_matches": 900.0}
+    assert (
+        run_main(update_bands, monkeypatch, other, path, "--reason", "only this one", "--figure", "mean_matches") == 0
+    )
+    renewed = yaml.safe_load(path.read_text())["cases"]["clip-orb"]
+    assert renewed == {**stored["cases"]["clip-orb"], "mean_matches": 900.0}
     text = "\n".join(proof_tables.guard_lines([tree], []))
     assert "**FAILED**" in text and "- Not measured: kitti-default: LIGHTVO_DATA is not set" in text
 
