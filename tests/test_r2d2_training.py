@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -341,12 +345,63 @@ def test_a_few_steps_lower_the_loss_and_are_reproducible() -> None:
         mchan=1, dim=16, side_px=48, batch_size=2, steps=60, learning_rate=1e-2, patch_px=8, border=4, warm_up=0.5
     )
     photos = [photo(seed, side=96) for seed in range(6)]
-    network, before, after = train_r2d2.train(config, photos)
+    training, before, after = train_r2d2.train(config, photos)
     assert float(after.total) < 0.9 * float(before.total)
     _, same_before, same_after = train_r2d2.train(config, photos)
     assert float(same_before.total) == float(before.total)
     assert float(same_after.total) == pytest.approx(float(after.total), abs=1e-4)
-    assert network.architecture.constructor == "Quad_L2Net_ConfCFS(dim=16, mchan=1)"
+    assert training.network.architecture.constructor == "Quad_L2Net_ConfCFS(dim=16, mchan=1)"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = train_r2d2.TrainingConfig(mchan=1, dim=16, side_px=48, batch_size=2, steps=6, patch_px=8, border=4)
+    photos, file = [photo(seed, side=96) for seed in range(6)], tmp_path / "x.checkpoint"
+    whole, _, _ = train_r2d2.train(config, photos)
+    original = train_r2d2.batches
+    with monkeypatch.context() as patch:
+        patch.setattr(train_r2d2, "batches", lambda *given: itertools.islice(original(*given), 3))
+        assert train_r2d2.train(config, photos, checkpoint_file=file)[0].step == 3
+    again, _, _ = train_r2d2.train(config, photos, checkpoint_file=file, resumes=True)
+    assert whole.step == again.step == 6
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, again.network.state_dict()[name]), name
+    with pytest.raises(train_r2d2.TrainingError, match="made with batch_size 2, not 3"):
+        train_r2d2.train(replace(config, batch_size=3), photos, checkpoint_file=file, resumes=True)
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(train_r2d2.TrainingError, match="not a checkpoint of this training"):
+        train_r2d2.train(config, photos, checkpoint_file=file, resumes=True)
+
+
+def test_a_signal_ends_a_training_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        cv2.imwrite(str(tmp_path / f"{seed}.png"), photo(seed))
+    original = train_r2d2.batches
+
+    def batches(*given: Any) -> Iterator[train_r2d2.Batch]:
+        for index, batch in enumerate(original(*given)):
+            if index == 2:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(train_r2d2, "batches", batches)
+    output = tmp_path / "out" / "small.pt"
+    arguments = ["--photos", str(tmp_path), "--output", str(output), "--smoke", "--device", "cpu", "--batch-size", "2"]
+    assert train_r2d2.main(arguments) == 130
+    assert not output.exists()
+    checkpoint = torch.load(output.with_name("small.pt.checkpoint"), weights_only=True)
+    assert checkpoint["step"] == 2
+
+
+def test_pairs_made_ahead_for_another_device_have_its_form() -> None:
+    config = train_r2d2.TrainingConfig(side_px=48, batch_size=2)
+    made = train_r2d2.batches([photo(seed) for seed in range(3)], config, 5, torch.device("meta"))
+    first = [next(made) for _ in range(3)][-1]
+    made.close()  # type: ignore[attr-defined]
+    assert first.images0.shape == first.images1.shape == (2, 3, 48, 48) and first.flow.shape == (2, 48, 48, 2)
+    assert first.flow.device.type == "meta"
 
 
 def test_the_learning_rate_rises_to_its_highest_and_falls_to_nothing() -> None:

@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--recipe", choices=("distil", "pairs"), help="default: distil; in the smoke test: pairs")
     result.add_argument("--teacher", type=Path, metavar="FILE", help="weights; default: those of the registry")
     result.add_argument("--start", type=Path, metavar="FILE", help="weights to go on from, instead of random ones")
+    result.add_argument("--apart", type=float, metavar="SHARE", help="of `distil`: so long blocks learn on their own")
     result.add_argument("--side", type=int, metavar="PX", help="of the views, a multiple of 32")
     result.add_argument("--posed-share", type=float, default=0.4, help="of batches, where the YAML names posed data")
     return result
@@ -102,6 +103,8 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
     if options.side is not None:
         layers = replace(layers, size=(options.side, options.side))
         distillation = replace(distillation, side_px=options.side)
+    if options.apart is not None:
+        distillation = replace(distillation, apart=options.apart)
     trainer = chosen_trainer(options, recipe.trainer)
     return replace(recipe, trainer=trainer, pairs=pairs, layers=layers, distillation=distillation)
 
@@ -134,12 +137,14 @@ def train(options: argparse.Namespace, device: torch.device, place: Place) -> in
     if trainer.was_interrupted:
         return 130
     if place.is_first:
+        start = "random parameters" if options.start is None else options.start.name
         facts = {
             "name": f"own-aliked-{_VARIANT}",
             "fits": f"aliked-{_VARIANT}",
-            "recipe": "imitates the published ALIKED-T16 on relit views of photographs, from random parameters"
+            "recipe": "imitates the published ALIKED-T16 on relit views of photographs"
             if kind == "distil"
             else "the losses of ALIKED on layered pairs of photographs",
+            "start": start,
             "data": f"{data.bank.num_photos} photographs, {len(collections)} posed collections",
         }
         write_weights(options.output / f"aliked-{_VARIANT}.safetensors", trainer.averaged, trainer, options, facts)

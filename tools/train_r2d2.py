@@ -5,18 +5,27 @@
     python tools/train_r2d2.py --photos DIR --output tiny.pt --smoke     a tiny one in less than five minutes
 
 Writes a checkpoint of the published form; where the name ends in .safetensors, one in float16 with its recipe. --smoke
-fails (exit code 1) unless the loss on held-out pairs is halved.
+fails (exit code 1) unless the loss on held-out pairs is halved. From the checkpoint that is written beside it
+every half minute, --resume goes on where a training was cut off.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
+import pickle
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import FrameType
 
 import cv2
 import numpy as np
@@ -29,11 +38,17 @@ from frontends.base import VoError, check_settings, setting
 from frontends.r2d2_network import R2d2Architecture, R2d2Maps, R2d2Network, checkpoint, normalised
 from frontends.training.average_precision import average_precision, reliability_loss
 from frontends.training.homographic_pairs import TrainingPair, WarpConfig, homographic_pair
+from frontends.training.photos import TrainingError
 from frontends.training.repeatability import peakiness_loss, similarity_loss
 from frontends.training.samplers import DenseMaps, near_far_rows
+from frontends.training.trainer import local_device
 
 _NUM_HELD_OUT = 16
 _REPORT_S = 10.0
+_SAVE_S = 30.0
+# Threads that make pairs while a GPU works.
+_NUM_MAKERS = 4
+CPU = torch.device("cpu")
 
 
 class PhotosError(VoError):
@@ -112,26 +127,38 @@ class Batch:
     images1: Tensor
     flow: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.images0.to(device), self.images1.to(device), self.flow.to(device))
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     config = chosen_config(options)
     try:
+        device = local_device(options.device)
         photos = find_photos(options.photos, config.side_px)
-        network, before, after = train(config, photos)
+        checkpoint_file = options.output.with_name(f"{options.output.name}.checkpoint")
+        training, before, after = train(config, photos, device, checkpoint_file, resumes=options.resume)
     except VoError as error:
         print(f"train_r2d2: error: {error}", file=sys.stderr)
         return 2
+    if training.is_stopped:
+        print(
+            f"train_r2d2: stopped after {training.step} steps; --resume goes on from {checkpoint_file}", file=sys.stderr
+        )
+        return 130
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write(network, options.output, config, len(photos))
-    print(f"held-out loss: {before} before, {after} after; {options.output}")
+    write(training.network, options.output, config, len(photos), training.step)
+    print(f"held-out loss: {before} before, {after} after {training.step} steps; {options.output}")
     if options.smoke and after.total > before.total / 2:
         print("train_r2d2: the loss is not halved", file=sys.stderr)
         return 1
     return 0
 
 
-def write(network: R2d2Network, path: Path, config: TrainingConfig, num_photos: int) -> None:
+def write(
+    network: R2d2Network, path: Path, config: TrainingConfig, num_photos: int, num_steps: int | None = None
+) -> None:
     """The checkpoint of a network; its recipe goes with safetensors."""
     if path.suffix != ".safetensors":
         torch.save(checkpoint(network), path)
@@ -143,6 +170,7 @@ def write(network: R2d2Network, path: Path, config: TrainingConfig, num_photos: 
         "fits": "r2d2",
         "data": f"{num_photos} still photographs, homographic pairs made on the fly",
         "recipe": recipe,
+        "steps": str(config.steps if num_steps is None else num_steps),
     }
     write_weights(network.state_dict(), path, metadata)
 
@@ -163,6 +191,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="steps at most")
     parser.add_argument("--minutes", type=float, help="training at most")
     parser.add_argument("--learning-rate", type=float, help="of Adam")
+    parser.add_argument("--batch-size", type=int, help="pairs of one step")
+    parser.add_argument("--side-px", type=int, help="of a view")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside the output")
     parser.add_argument("--mchan", type=int, help="width of the backbone")
     parser.add_argument("--seed", type=int, help="of weights, pairs and their order")
     return parser
@@ -170,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def chosen_config(options: argparse.Namespace) -> TrainingConfig:
     """The settings of the preset with what the user changed."""
-    names = ("steps", "minutes", "learning_rate", "mchan", "seed")
+    names = ("steps", "minutes", "learning_rate", "batch_size", "side_px", "mchan", "seed")
     changed = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     preset = SMOKE if options.smoke else SMALL if options.small else TrainingConfig()
     return replace(preset, **changed)
@@ -193,36 +225,151 @@ def find_photos(directory: Path, side_px: int) -> list[NDArray[np.uint8]]:
     return photos
 
 
-def train(config: TrainingConfig, photos: Sequence[NDArray[np.uint8]]) -> tuple[R2d2Network, Losses, Losses]:
-    """A trained network, and its losses on pairs it was not trained on, before and after."""
-    torch.manual_seed(config.seed)
-    network = R2d2Network(R2d2Architecture(dim=config.dim, mchan=config.mchan)).to(memory_format=torch.channels_last)
+@dataclass(slots=True, eq=False)
+class Training:
+    """A training between two steps."""
+
+    network: R2d2Network
+    optimiser: torch.optim.Optimizer
+    step: int = 0
+    elapsed_s: float = 0.0
+    is_stopped: bool = False
+
+    @classmethod
+    def begin(cls, config: TrainingConfig, device: torch.device) -> Training:
+        torch.manual_seed(config.seed)
+        network = R2d2Network(R2d2Architecture(dim=config.dim, mchan=config.mchan))
+        network = network.to(device, memory_format=torch.channels_last)
+        return cls(network, torch.optim.Adam(network.parameters(), lr=config.learning_rate, weight_decay=5e-4))
+
+    def save(self, path: Path, config: TrainingConfig) -> None:
+        """Everything that a continuation needs; a crash never leaves half a file."""
+        content = {
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "config": asdict(config),
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.part")
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+
+    def resume(self, path: Path, config: TrainingConfig) -> None:
+        """Goes on from a checkpoint. Lengths and the learning rate may differ; else TrainingError."""
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            made_with = content["config"]
+            for key, value in asdict(config).items():
+                if key not in ("steps", "minutes", "learning_rate") and made_with.get(key) != value:
+                    raise TrainingError(f"{path}: made with {key} {made_with.get(key)!r}, not {value!r}; remove it")
+            self.network.load_state_dict(content["network"])
+            self.optimiser.load_state_dict(content["optimiser"])
+            self.step, self.elapsed_s = int(content["step"]), float(content["elapsed_s"])
+        except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TrainingError(f"{path}: not a checkpoint of this training: {reason}; remove it") from error
+
+    @contextlib.contextmanager
+    def stops_on_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the training after the step in progress."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.is_stopped = True
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def train(
+    config: TrainingConfig,
+    photos: Sequence[NDArray[np.uint8]],
+    device: torch.device = CPU,
+    checkpoint_file: Path | None = None,
+    *,
+    resumes: bool = False,
+) -> tuple[Training, Losses, Losses]:
+    """A training that is over, and the losses on pairs it did not see, of random weights and of its own.
+
+    What a step sees depends on (seed, step) alone; with a checkpoint file, a training that was cut off can go on.
+    """
+    training = Training.begin(config, device)
     num_held_out = min(_NUM_HELD_OUT, len(photos) // 2)
     held_out, photos = photos[:num_held_out], photos[num_held_out:]
     # Batch statistics on both sides of the comparison: those that are learned would be none before.
-    before = evaluate(network, config, held_out)
-    optimiser = torch.optim.Adam(network.parameters(), lr=config.learning_rate, weight_decay=5e-4)
-    generator = np.random.default_rng(config.seed)
-    start_s, reported_s, worked_s = time.monotonic(), 0.0, time.process_time()
-    for step in range(config.steps):
-        elapsed_s = time.monotonic() - start_s
-        share = max(step / config.steps, 0.0 if config.minutes is None else elapsed_s / (60 * config.minutes))
-        if share >= 1:
+    before = evaluate(training.network, config, held_out)
+    if resumes and checkpoint_file is not None and checkpoint_file.is_file():
+        training.resume(checkpoint_file, config)
+    worked_s = time.process_time()
+    with training.stops_on_signals():
+        _make_steps(training, config, photos, checkpoint_file)
+    worked_s = time.process_time() - worked_s
+    print(f"{training.step} steps, {worked_s:.0f} s of processor time", file=sys.stderr)
+    if checkpoint_file is not None:
+        training.save(checkpoint_file, config)
+    training.network.eval()
+    return training, before, evaluate(training.network, config, held_out)
+
+
+def _make_steps(
+    training: Training, config: TrainingConfig, photos: Sequence[NDArray[np.uint8]], checkpoint_file: Path | None
+) -> None:
+    network, optimiser = training.network, training.optimiser
+    device = next(network.parameters()).device
+    start_s = time.monotonic() - training.elapsed_s
+    reported_s = saved_s = training.elapsed_s
+    for batch in batches(photos, config, training.step, device):
+        training.elapsed_s = time.monotonic() - start_s
+        limit_s = np.inf if config.minutes is None else 60 * config.minutes
+        share = max(training.step / config.steps, training.elapsed_s / limit_s)
+        if share >= 1 or training.is_stopped:
             break
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, share)
-        chosen = generator.integers(len(photos), size=config.batch_size)
-        batch = make_batch([photos[index] for index in chosen], config, generator)
         losses = pair_losses(network, batch, config, trusts_all=share < config.warm_up)
         optimiser.zero_grad()
         losses.total.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        if elapsed_s - reported_s > _REPORT_S:
-            reported_s = elapsed_s
-            print(f"step {step + 1} of {config.steps}, {elapsed_s:.0f} s: loss {losses}", file=sys.stderr, flush=True)
-    worked_s = time.process_time() - worked_s
-    print(f"{step + 1} steps, {worked_s:.0f} s of processor time", file=sys.stderr)
-    return network.eval(), before, evaluate(network, config, held_out)
+        training.step += 1
+        if training.elapsed_s - reported_s > _REPORT_S:
+            reported_s = training.elapsed_s
+            done = f"step {training.step} of {config.steps}, {reported_s:.0f} s"
+            print(f"{done}: loss {losses}", file=sys.stderr, flush=True)
+        if checkpoint_file is not None and training.elapsed_s - saved_s > _SAVE_S:
+            saved_s = training.elapsed_s
+            training.save(checkpoint_file, config)
+
+
+def batches(
+    photos: Sequence[NDArray[np.uint8]], config: TrainingConfig, first_step: int, device: torch.device
+) -> Iterator[Batch]:
+    """The batches of this and all later steps. For a GPU several are made at a time, while it works."""
+
+    def made(step: int) -> Batch:
+        generator = np.random.default_rng((config.seed, step))
+        chosen = generator.integers(len(photos), size=config.batch_size)
+        return make_batch([photos[index] for index in chosen], config, generator)
+
+    steps = itertools.count(first_step)
+    if device.type == "cpu":
+        yield from map(made, steps)
+        return
+    with ThreadPoolExecutor(_NUM_MAKERS) as makers:
+        waiting = deque(makers.submit(made, step) for step in itertools.islice(steps, 2 * _NUM_MAKERS))
+        try:
+            while True:
+                waiting.append(makers.submit(made, next(steps)))
+                yield waiting.popleft().result().to(device)
+        finally:
+            makers.shutdown(wait=True, cancel_futures=True)
 
 
 def learning_rate(config: TrainingConfig, share: float) -> float:
@@ -280,11 +427,12 @@ def predicted(network: R2d2Network, images: Tensor, precision: str) -> R2d2Maps:
 def evaluate(network: R2d2Network, config: TrainingConfig, photos: Sequence[NDArray[np.uint8]]) -> Losses:
     """Losses of one pair of every photograph, always the same, by batch statistics; the network stays as it is."""
     generator = np.random.default_rng(config.seed + 1)
-    copy = R2d2Network(network.architecture)
+    device = next(network.parameters()).device
+    copy = R2d2Network(network.architecture).to(device)
     copy.load_state_dict(network.state_dict())
     copy.train()
     parts = [
-        pair_losses(copy, make_batch(photos[start : start + config.batch_size], config, generator), config)
+        pair_losses(copy, make_batch(photos[start : start + config.batch_size], config, generator).to(device), config)
         for start in range(0, len(photos), config.batch_size)
     ]
     terms = torch.stack([torch.stack((part.ranking, part.similarity, part.peakiness)) for part in parts])

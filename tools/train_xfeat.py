@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--keypoint-teacher", type=Path, metavar="FILE", help="ALIKED-T16 of the recipe `pairs`")
     result.add_argument("--fine", action="store_true", help="train the fine matcher of XFeat* along (recipe `pairs`)")
     result.add_argument("--start", type=Path, metavar="FILE", help="weights to go on from, instead of random ones")
+    result.add_argument("--apart", type=float, metavar="SHARE", help="of `distil`: so long blocks learn on their own")
     result.add_argument("--side", type=int, metavar="PX", help="of the views, a multiple of 32")
     result.add_argument("--posed-share", type=float, default=0.6, help="of batches, where the YAML names posed data")
     return result
@@ -105,6 +106,8 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
     if options.side is not None:
         layers = replace(layers, size=(options.side, options.side))
         distillation = replace(distillation, side_px=options.side)
+    if options.apart is not None:
+        distillation = replace(distillation, apart=options.apart)
     trainer = chosen_trainer(options, recipe.trainer)
     return replace(recipe, trainer=trainer, pairs=pairs, layers=layers, distillation=distillation)
 
@@ -142,12 +145,14 @@ def train(options: argparse.Namespace, device: torch.device, place: Place) -> in
     if trainer.was_interrupted:
         return 130
     if place.is_first:
+        start = "random parameters" if options.start is None else options.start.name
         facts = {
             "name": "own-xfeat",
             "fits": "xfeat",
-            "recipe": "imitates the published XFeat on relit views of photographs, from random parameters"
+            "recipe": "imitates the published XFeat on relit views of photographs"
             if kind == "distil"
             else "the losses of XFeat on layered pairs of photographs, keypoints of ALIKED-T16",
+            "start": start,
             "data": f"{data.bank.num_photos} photographs, {len(collections)} posed collections",
         }
         tensors = trainer.averaged

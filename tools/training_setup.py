@@ -71,6 +71,9 @@ def create_parser(description: str, trainer: TrainerConfig) -> argparse.Argument
     parser.add_argument("--seed", type=int, help="of weights, pairs and their order")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--max-photos", type=int, help="use fewer")
+    parser.add_argument("--photo-px", type=int, help="shorter side of the photographs in memory")
+    parser.add_argument("--checkpoint-s", type=float, metavar="S", help=f"default: {trainer.checkpoint_s:.0f}")
+    parser.add_argument("--validate-s", type=float, metavar="S", help=f"default: {trainer.validate_s:.0f}")
     parser.add_argument("--checked", type=int, metavar="PAIRS", help="held-out pairs that are looked at")
     parser.add_argument("--tensorboard", action="store_true", help="write its event files too")
     return parser
@@ -78,7 +81,7 @@ def create_parser(description: str, trainer: TrainerConfig) -> argparse.Argument
 
 def chosen_trainer(options: argparse.Namespace, default: TrainerConfig) -> TrainerConfig:
     """The default settings with what the user changed."""
-    names = ("minutes", "steps", "learning_rate", "accumulation", "precision", "seed")
+    names = ("minutes", "steps", "learning_rate", "accumulation", "precision", "seed", "checkpoint_s", "validate_s")
     changed = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return replace(default, **changed)
 
@@ -86,7 +89,7 @@ def chosen_trainer(options: argparse.Namespace, default: TrainerConfig) -> Train
 def load_data(options: argparse.Namespace, side_px: int, device: torch.device, video_size: tuple[int, int]) -> Data:
     """The data that the YAML file names. Raises TrainingError in one line."""
     folders = read_data_folders(options.data)
-    bank, held_out = load_photos(folders.photos, side_px, device, options.max_photos)
+    bank, held_out = load_photos(folders.photos, options.photo_px or side_px, device, options.max_photos)
     for one in (bank, held_out):
         if one.skipped:
             shown = ", ".join(one.skipped[:3])

@@ -18,7 +18,7 @@ from frontends.base import check_settings, setting
 from frontends.training.aliked_trainable import TrainingMaps, described, training_maps
 from frontends.training.pairs_homography import MotionConfig, random_views
 from frontends.training.photometry import PhotometryConfig, relit
-from frontends.training.photos import PhotoBank
+from frontends.training.photos import PhotoBank, TrainingError
 from frontends.training.tasks_features import Checks
 from frontends.training.trainer import Draws
 from frontends.training.xfeat_trainable import TrainableXFeat, XFeatTaps
@@ -95,13 +95,14 @@ def aliked_losses(
     random_places  (B, R, 2) px: where descriptors are compared besides the teacher's keypoints.
     is_apart       every block of the student reads what the teacher's block before it made.
     """
-    with torch.no_grad():
+    # In float32 whatever the student works in: what it imitates is not to be rounded, nor are the places of keypoints.
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         theirs = training_maps(teacher, images)
         found = detect(theirs.score_map, config.keypoints)
         places = torch.cat((found.keypoints.clamp(2, images.shape[3] - 3), random_places), dim=1)
         their_descriptors = described(teacher, theirs, places)
     mine = training_maps(student, images, theirs.stages if is_apart else None)
-    similarity = (described(student, mine, places) * their_descriptors).sum(dim=2)
+    similarity = (described(student, mine, places).float() * their_descriptors).sum(dim=2)
     stages = stage_losses(mine.stages, theirs.stages)
     scores = score_loss(mine, theirs)
     descriptors = (1 - similarity).mean()
@@ -210,7 +211,7 @@ class XFeatDistillation:
     def losses(self, batch: dict[str, Tensor], share: float) -> dict[str, Tensor]:
         if share > self._config.frozen_norms:
             hold_norms(self.network)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(batch["images"].device.type, enabled=False):
             theirs = self._teacher.taps(batch["images"])
         inputs = theirs.stages if share < self._config.apart else None
         return xfeat_losses(self.network.taps(batch["images"], inputs), theirs, self._config)
@@ -236,5 +237,10 @@ def _places(config: DistillationConfig, count: int, generator: torch.Generator, 
 def _fixed_views(held_out: PhotoBank, config: DistillationConfig) -> Tensor:
     """Plain cut-outs of held-out photographs, always the same."""
     photos = held_out.first(24)
+    if photos.shape[3] < config.side_px:
+        raise TrainingError(
+            f"photographs of {photos.shape[3]} px hold no views of {config.side_px} px; "
+            "give a larger --photo-px or a smaller --side"
+        )
     start = (photos.shape[3] - config.side_px) // 2
     return photos[:, :, start : start + config.side_px, start : start + config.side_px].contiguous()

@@ -38,7 +38,7 @@ def cell_pairs(flow: Tensor) -> CellPairs:
     # Offsets go from -4 to 3 px.
     places = torch.div(corners + CELL_PX // 2, CELL_PX, rounding_mode="floor")
     offsets = corners - CELL_PX * places
-    kept = ((places >= 0) & (places < torch.tensor([width, height]))).all(dim=1).nonzero()[:, 0]
+    kept = ((places >= 0) & (places < places.new_tensor([width, height]))).all(dim=1).nonzero()[:, 0]
     cells0 = places[kept, 1] * width + places[kept, 0]
     classes = (offsets[kept, 1] + CELL_PX // 2) * CELL_PX + offsets[kept, 0] + CELL_PX // 2
     return CellPairs(cells0, kept, classes)

@@ -55,17 +55,44 @@ def random_homographies(
     tilted = _matrices((one, zero, zero), (zero, one, zero), (tilt_x, tilt_y, one))
     centre = torch.eye(3, device=device)
     centre[0, 2], centre[1, 2] = (width - 1) / 2, (height - 1) / 2
-    homographies: Tensor = centre @ similarity @ sheared @ tilted @ torch.linalg.inv(centre)
-    return homographies
+    return composed(centre, similarity, sheared, tilted, inverted(centre))
 
 
 def _matrices(*rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
+# No matrix products for places: autocast would make them in bfloat16, which is a pixel off at the far side of an image,
+# and a GPU in TensorFloat-32, which is a quarter of one off.
+
+
+def composed(first: Tensor, *others: Tensor) -> Tensor:
+    """The product of matrices (..., 3, 3), from left to right, in their own precision."""
+    for other in others:
+        first = (first[..., :, :, None] * other[..., None, :, :]).sum(dim=-2)
+    return first
+
+
+def inverted(matrices: Tensor) -> Tensor:
+    """Inverses of matrices (..., 3, 3), which are not singular: by their adjugates, without waiting for the device."""
+    a, b, c = matrices.unbind(dim=-2)
+    columns = [torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)]
+    determinants = (a * columns[0]).sum(dim=-1)
+    inverses: Tensor = torch.stack(columns, dim=-1) / determinants[..., None, None]
+    return inverses
+
+
+def applied(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Vectors (..., N, 3) multiplied by matrices (..., 3, 3), in their own precision; of two: (x, y, 1)."""
+    x, y, *z = vectors[..., None].unbind(dim=-2)
+    column_x, column_y, column_z = matrices[..., None, :, :].unbind(dim=-1)
+    last = column_z * z[0] if z else column_z
+    return torch.addcmul(torch.addcmul(last, column_x, x), column_y, y)
+
+
 def transformed(homographies: Tensor, points: Tensor) -> Tensor:
     """Points (..., N, 2) px under homographies (..., 3, 3); points on or beyond the horizon become infinite."""
-    projected = F.pad(points, (0, 1), value=1.0) @ homographies.mT
+    projected = applied(homographies, points)
     depth = projected[..., 2:]
     return torch.where(depth > 1e-6, projected[..., :2] / depth.clamp(min=1e-6), torch.inf)
 
@@ -109,4 +136,4 @@ def random_views(photos: Tensor, side_px: int, generator: torch.Generator, confi
     corner = torch.rand((batch, 2), generator=generator, device=photos.device) * room
     to_photo = torch.eye(3, device=photos.device).repeat(batch, 1, 1)
     to_photo[:, :2, 2] = corner
-    return warped(photos, to_photo @ motion, size)
+    return warped(photos, composed(to_photo, motion), size)

@@ -16,6 +16,8 @@ from torch import Tensor
 from frontends.base import check_settings, setting
 from frontends.training.pairs_homography import (
     MotionConfig,
+    composed,
+    inverted,
     is_inside,
     pixel_grid,
     random_homographies,
@@ -91,7 +93,7 @@ class LayeredPairs:
     def transfer(self, side: int, points: Tensor) -> Transfer:
         """Where points (B, N, 2) px of view `side` lie in the other one."""
         layer = self.layers_at(side, points)
-        motions = torch.linalg.inv(self.to_photo[1 - side]) @ self.to_photo[side]
+        motions = composed(inverted(self.to_photo[1 - side]), self.to_photo[side])
         moved = transformed(motions, points[:, None].expand(-1, motions.shape[1], -1, -1))
         index = layer[:, None, :, None].expand(-1, 1, -1, 2)
         there = moved.gather(1, index)[:, 0]
@@ -156,7 +158,7 @@ def layered_pairs(
     parallax = random_homographies(count * num_layers, config.size, generator, PARALLAX, device)
     parallax = parallax.view(count, num_layers, 3, 3)
     parallax[:, 0] = torch.eye(3, device=device)
-    moved = placed @ torch.linalg.inv(parallax @ camera[:, None])
+    moved = composed(placed, inverted(composed(parallax, camera[:, None])))
     to_photo = torch.stack((placed, moved))
     outlines = random_outlines(count, num_layers, side_px, generator, config, device)
     views = [rendered(photos, to_photo[side], outlines, config.size) for side in (0, 1)]
@@ -180,8 +182,7 @@ def _placements(
     fit[0, 0] = fit[1, 1] = scale
     fit[0, 2], fit[1, 2] = (photo_px - scale * width) / 2, (photo_px - scale * height) / 2
     motions = random_homographies(count * num_layers, config.size, generator, PLACEMENT, device)
-    placed: Tensor = fit @ motions.view(count, num_layers, 3, 3)
-    return placed
+    return composed(fit, motions.view(count, num_layers, 3, 3))
 
 
 def random_outlines(

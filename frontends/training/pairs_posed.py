@@ -16,7 +16,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from frontends.training.pairs_homography import is_inside, sampled
+from frontends.training.pairs_homography import applied, inverted, is_inside, sampled
 from frontends.training.pairs_layers import Transfer
 from frontends.training.photos import TrainingError
 
@@ -56,12 +56,11 @@ class PosedPairs:
         depths, depths_there = (self.depths0, self.depths1) if side == 0 else (self.depths1, self.depths0)
         K, K_there = (self.K0, self.K1) if side == 0 else (self.K1, self.K0)
         depth = smooth_depth(depths, points)
-        homogeneous = torch.nn.functional.pad(points, (0, 1), value=1.0)
-        rays = homogeneous @ torch.linalg.inv(K).mT
-        moved = (rays * depth[..., None]) @ T_other_this[:, :3, :3].mT + T_other_this[:, None, :3, 3]
+        rays = applied(inverted(K), points)
+        moved = applied(T_other_this[:, :3, :3], rays * depth[..., None]) + T_other_this[:, None, :3, 3]
         z = moved[..., 2]
         is_ahead = (depth > 0) & (z > 1e-6)
-        projected = moved @ K_there.mT
+        projected = applied(K_there, moved)
         there = torch.where(is_ahead[..., None], projected[..., :2] / z.clamp(min=1e-6)[..., None], torch.inf)
         inside = is_ahead & is_inside(there, self.size)
         expected = smooth_depth(depths_there, torch.where(inside[..., None], there, 0.0))

@@ -115,7 +115,9 @@ class AlikedTask:
         partner0, partner1 = (
             torch.cat((partner, random_partner), dim=1) for partner in (labels.partner0, labels.partner1)
         )
-        similarity = descriptors[:count] @ descriptors[count:].mT
+        # The softmax divides similarities by a small temperature, and the rounding of bfloat16 with them.
+        with torch.autocast(descriptors.device.type, enabled=False):
+            similarity = descriptors[:count] @ descriptors[count:].mT
         moved0, moved1 = pairs.transfer(0, keypoints0).points, pairs.transfer(1, keypoints1).points
         reprojection, error, trust = [], [], []
         for b in range(count):
@@ -205,16 +207,18 @@ class XFeatTask:
         generator = torch.Generator(images.device).manual_seed(int(batch["seed"]))
         maps = self.network.backbone(images)
         descriptors, reliability = maps.descriptors.float(), maps.reliability.float()
-        parts = _descriptor_losses(pairs, F.normalize(descriptors, dim=3), reliability, weights, generator)
-        parts["keypoints"] = self._keypoint_loss(images, maps.keypoint_logits.float(), generator)
-        if weights.fine > 0 and self.network.matcher is not None:
-            parts["fine"] = _fine_loss(pairs, descriptors, self.network.matcher, weights, generator)
+        # Similarities are sharpened, and with them what bfloat16 rounds away.
+        with torch.autocast(images.device.type, enabled=False):
+            parts = _descriptor_losses(pairs, F.normalize(descriptors, dim=3), reliability, weights, generator)
+            parts["keypoints"] = self._keypoint_loss(images, maps.keypoint_logits.float(), generator)
+            if weights.fine > 0 and self.network.matcher is not None:
+                parts["fine"] = _fine_loss(pairs, descriptors, self.network.matcher, weights, generator)
         total = torch.stack([getattr(weights, name) * value for name, value in parts.items()]).sum()
         return {"total": total, **parts}
 
     def _keypoint_loss(self, images: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
         with torch.no_grad():
-            found = detect(training_maps(self._teacher, images).score_map.float(), self._weights.teacher_keypoints)
+            found = detect(training_maps(self._teacher, images).score_map, self._weights.teacher_keypoints)
             valid = torch.arange(found.keypoints.shape[1], device=images.device) < found.num_valid[:, None]
             classes = keypoint_classes(found.keypoints, valid, (images.shape[3], images.shape[2]))
         return keypoint_loss(logits, classes, generator, self._weights.max_empty_ratio)

@@ -247,11 +247,12 @@ class Trainer:
             network.train()
             with self._sync(is_last), self._precision():
                 losses = self._forward(batch, share)
-                loss = losses["total"] / config.accumulation
-                if not math.isfinite(float(loss.detach())):
-                    raise self._not_a_number("loss", losses, batch)
-                loss.backward()
-            rows.append({key: float(value.detach()) for key, value in losses.items()})
+                (losses["total"] / config.accumulation).backward()
+            # All at once, and after the backward pass has been launched: every look at a value waits for the device.
+            values = torch.stack([value.detach().float() for value in losses.values()]).tolist()
+            rows.append(dict(zip(losses, values, strict=True)))
+            if not math.isfinite(rows[-1]["total"]):
+                raise self._not_a_number("loss", losses, batch)
         norm = float(nn.utils.clip_grad_norm_(self._trained, config.max_gradient_norm))
         if not math.isfinite(norm):
             raise self._not_a_number("gradient", losses, batch)
