@@ -144,10 +144,14 @@ class CudaLane:
 
 
 class CudaGraphReplay:
-    """A captured CUDA graph, and the buffers whose addresses are in it."""
+    """A captured CUDA graph, and all memory whose addresses are in it: the buffers, and what the function holds.
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, buffers: Sequence[Tensor]) -> None:
+    Weights and tables that only the function knows would be given to somebody else once it is gone.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, function: Callable[[], None], buffers: Sequence[Tensor]) -> None:
         self._graph = graph
+        self._function = function
         self._buffers = tuple(buffers)
 
     def replay(self) -> None:
@@ -195,7 +199,7 @@ class CudaBackend:
             with torch.cuda.graph(graph, pool=pool, stream=lane.stream, capture_error_mode="thread_local"):
                 function()
             torch.cuda.synchronize(self._device)
-        return CudaGraphReplay(graph, buffers)
+        return CudaGraphReplay(graph, function, buffers)
 
     def _pool(self, lane: CudaLane) -> Any:
         """The pool of a lane; made with a graph that is never replayed and outlives all others.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -238,6 +240,30 @@ def test_a_capture_warms_up_on_its_stream_first(monkeypatch: pytest.MonkeyPatch)
     with lane:
         graph.replay()
     assert cuda.calls == ["stream enter", "replay", "stream exit"]
+
+
+def test_what_only_the_captured_function_knows_outlives_it(monkeypatch: pytest.MonkeyPatch):
+    """A replay reads the tables whose addresses were captured, long after the function that made them is gone."""
+    RecordedCuda(monkeypatch)
+    backend = CudaBackend(torch.device("cuda", 0))
+    monkeypatch.setattr(backend, "_keeper", lambda pool, lane: None)
+
+    def program() -> Callable[[], None]:
+        table = torch.ones(3)
+        tables.append(weakref.ref(table))
+
+        def run() -> None:
+            table.add_(1)
+
+        return run
+
+    tables: list[weakref.ref[torch.Tensor]] = []
+    graph = backend.capture("tested", program(), backend.lane("lane"), ())
+    gc.collect()
+    assert tables[0]() is not None
+    del graph
+    gc.collect()
+    assert tables[0]() is None
 
 
 def test_marks_are_events_on_the_stream(monkeypatch: pytest.MonkeyPatch):
