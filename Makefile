@@ -4,6 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# The tests run on every core: two workers at least, since many wait, and four at most, each of which takes 1.5 GB.
+# PYTEST_ARGS comes after: "-n 8" for more, "-n 0" for none, e.g. with a debugger.
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+WORKERS := $(shell echo $$(( $(CORES) < 2 ? 2 : $(CORES) > 4 ? 4 : $(CORES) )))
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test coverage guard lint format install install-dev check-python clean
 
@@ -20,10 +25,10 @@ demo: install
 	$(BIN)/vo run demo --config demo --output out/demo --publish off --fallback-orb
 
 test: install-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 coverage: install-dev
-	$(BIN)/python -m pytest --cov=vo --cov=frontends --cov-report=term:skip-covered --cov-fail-under=85 $(PYTEST_ARGS)
+	$(PYTEST) --cov=vo --cov=frontends --cov-report=term:skip-covered --cov-fail-under=85 $(PYTEST_ARGS)
 
 guard: install-dev
 	$(BIN)/python tools/regression_guard.py

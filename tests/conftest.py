@@ -3,13 +3,21 @@
 The environment is set before any of them loads the libraries: what `vo run` sets for itself (see vo/cli.py).
 """
 
+import itertools
 import os
 import signal
 import socket
-from collections.abc import Iterator
 
 import pytest
 
+# pytest-xdist, where `make test` uses it, sets these two before it loads this file.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if NUM_WORKERS > 1:
+    # Workers share the cores; so do the programs that their tests start, which is why it is said in the environment.
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for variable in ("OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):
+        os.environ.setdefault(variable, str(max(1, num_cores // NUM_WORKERS)))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # FFmpeg reads it once, at the first video of the process, which may be one that a test writes.
@@ -18,17 +26,23 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+# Below those that Linux hands out by itself (from 32768 on): nobody takes one between a look at it and its use.
+_PORTS_EACH = 1000
+_FIRST_PORT = 20_000 + _PORTS_EACH * (WORKER % 12)
+_ports = itertools.cycle(range(_FIRST_PORT, _FIRST_PORT + _PORTS_EACH, 2))
+for _ in range(os.getpid() % (_PORTS_EACH // 2)):  # other sessions on this machine begin elsewhere
+    next(_ports)
+
+
 @pytest.fixture
-def free_port() -> Iterator[int]:
+def free_port() -> int:
     """A port that is free, and so is the next one."""
-    for _ in range(50):
+    for port in itertools.islice(_ports, 50):
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
             try:
+                first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + 1))
             except OSError:
                 continue
-        yield port
-        return
+        return port
     pytest.skip("no two neighbouring ports are free")

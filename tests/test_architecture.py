@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -154,9 +155,14 @@ def layer_of(module: str) -> int:
     raise AssertionError(f"{module} stands in no layer: place it")
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> tuple[str, ...]:
     """Dotted names a file imports when it runs, wherever in the file; what only the type checker sees is left out."""
-    tree = ast.parse((ROOT / path).read_text())
+    return tuple(imports_in((ROOT / path).read_text()))
+
+
+def imports_in(source: str) -> Iterator[str]:
+    tree = ast.parse(source)
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
