@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from synthetic_drive import write_drive
-from wire_runs import CAMERA, PATIENCE_S, a_pose, a_publisher, some_tracks
+from wire_runs import CAMERA, PATIENCE_S, a_pose, some_tracks
 from wire_samples import an_image, some_keyframes, some_points
 
 from vo.cli import main
@@ -222,13 +222,14 @@ def test_images_keep_to_their_rate(frame_hz: int, image_hz: float, num_expected:
 # --- a whole run ---
 
 
-def test_a_run_with_keys_is_received_and_ended_from_outside(tmp_path: Path) -> None:
+def test_a_run_with_keys_is_received_and_ended_from_outside(tmp_path: Path, free_port: int) -> None:
     """Poses, tracks, images, camera and state of `vo run`, through encrypted sockets; a client ends it."""
     drive, keys = write_drive(tmp_path / "drive", 40), tmp_path / "keys"
     assert main(["keys", str(keys)]) == 0
-    endpoint = _free_endpoint()
+    endpoint = f"tcp://127.0.0.1:{free_port}"
     codes: list[int] = []
-    arguments = ["run", str(drive), "--config", "orb", "--publish", endpoint, "--keys", str(keys), "--realtime"]
+    # Without an end of its own: however late the client is, it is the client that ends the run.
+    arguments = ["run", f"loop:{drive}", "--config", "orb", "--publish", endpoint, "--keys", str(keys), "--realtime"]
     stopper = threading.Thread(target=lambda: codes.append(_stop_after(endpoint, keys, num_poses=8)))
     stopper.start()
     assert main([*arguments, "--quiet", "--set", "publisher.linger_ms=20000"]) == 130
@@ -256,14 +257,9 @@ def _stop_after(endpoint: str, keys: Path, num_poses: int) -> int:
                 client.stop(PATIENCE_S)
                 was_stopped = True
         assert client.inbox.final_state is RunState.INTERRUPTED
-        assert num_poses <= received[Topic.POSE] < 40 and sum(client.inbox.num_lost.values()) == 0
+        assert num_poses <= received[Topic.POSE] and sum(client.inbox.num_lost.values()) == 0
         assert received[Topic.CAMERA] > 0 and received[Topic.IMAGE] > 0
     return 0
-
-
-def _free_endpoint() -> str:
-    with a_publisher() as publisher:
-        return publisher.endpoint
 
 
 def test_headers_of_answers_follow_the_last_pose() -> None:
