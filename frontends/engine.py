@@ -32,6 +32,7 @@ _LOG = logging.getLogger(__name__)
 DEPTHS = ("whole", "blocks", "speculative")
 WIDTHS = ("full", "buckets")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
+_MAX_TUNING_IMAGES = 6  # thousands of keypoints and matches; a start is waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Engine:
         # Images know best how they will come.
         shape = images[0].shape if len(images) else shape
         shown = [image for image in images if image.shape == shape]
-        shown = shown if len(shown) > 1 else synthetic_images(shape)
+        shown = shown[:_MAX_TUNING_IMAGES] if len(shown) > 1 else synthetic_images(shape)
         try:
             if not self._is_tuned:
                 self.choices = tuple(self._tune(self.extractor, shown))

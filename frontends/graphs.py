@@ -92,6 +92,12 @@ class Backend(Protocol):
         ...
 
 
+def wait_for(lane: Lane, mark: Mark) -> None:
+    """The calling thread waits until the lane has done everything sent so far; the mark is one to spare."""
+    lane.set(mark)
+    mark.wait()
+
+
 # CUDA
 
 

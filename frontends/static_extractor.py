@@ -14,7 +14,7 @@ from torch import Tensor
 from frontends.base import Features
 from frontends.device_faults import device_faults
 from frontends.feature_pool import FeaturePool, RowLayout, UploadRing
-from frontends.graphs import Backend, Graph, Lane
+from frontends.graphs import Backend, Graph, Lane, wait_for
 from frontends.static_form import ExtractorChoice, StaticForm, arithmetic
 
 
@@ -45,6 +45,7 @@ class StaticExtractor:
         self._upload_lane = backend.lane("upload", is_urgent=True)
         self._upload_slots = upload_slots
         self._prepared: dict[tuple[int, ...], _Prepared] = {}
+        self._idle = backend.mark()
         self._lock = threading.Lock()
 
     @property
@@ -88,7 +89,12 @@ class StaticExtractor:
 
     def use(self, choice: ExtractorChoice) -> None:
         """Runs the network another way from now on; what was captured is captured anew when it is needed."""
-        if choice != self.choice:
+        if choice == self.choice:
+            return
+        with self._lock:
+            # Images may still be on their way through buffers that must not be given away under them.
+            wait_for(self._upload_lane, self._idle)
+            wait_for(self.lane, self._idle)
             self.choice = choice
             self._prepared.clear()
 

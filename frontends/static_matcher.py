@@ -19,7 +19,7 @@ from torch import Tensor
 from frontends.base import Features, Matches
 from frontends.device_faults import device_faults
 from frontends.feature_pool import HEADER, RowLayout, lent_slot
-from frontends.graphs import Backend, Graph, Lane
+from frontends.graphs import Backend, Graph, Lane, wait_for
 from frontends.lightglue import LightGlue
 from frontends.lightglue_static import RESULT_HEADER, LightGlueStatic, PairState, create_static
 from frontends.static_form import arithmetic
@@ -87,6 +87,7 @@ class StaticMatcher:
         self._host = backend.pinned(num_layers, length)
         self._host_arrays: NDArray[np.float32] = self._host.numpy()
         self._done = [backend.mark() for _ in range(num_layers)]
+        self._idle = backend.mark()
 
     @property
     def precision(self) -> str:
@@ -116,10 +117,13 @@ class StaticMatcher:
 
     def use(self, choice: MatcherChoice, network: LightGlueStatic | None = None) -> None:
         """Runs the layers another way from now on, with a network in the precision of the choice where it changes."""
-        if network is not None:
-            self._network = network
-        if choice != self.choice or network is not None:
+        if choice == self.choice and network is None:
+            return
+        with self._lock:
+            # A block that was launched ahead may still run, and its buffers must not be given away under it.
+            wait_for(self.lane, self._idle)
             self.choice, self._captured = choice, None
+            self._network = network or self._network
 
     def prepare(self) -> _Captured:
         """Captures the graphs of the choice, unless it has been done. Raises DeviceError."""

@@ -194,10 +194,12 @@ def tune_matcher(
     if options.compiles:
         best, network, sentence = _compiled_or_not(matcher, best, network, trial, reference, options, clock)
         sentences.append(sentence)
+    # Every size of the buckets would be compiled anew, and between neighbouring frames none is needed.
+    widths = options.widths[:1] if best.is_compiled else options.widths
     ways = {
         _way_name(depth, width): replace(best, depth=depth, has_buckets=width == "buckets")
         for depth in options.depths
-        for width in (options.widths if depth != "whole" else ("full",))
+        for width in (widths if depth != "whole" else ("full",))
     }
     if len(ways) > 1:
         trials = [trial(name, choice, network, None) for name, choice in ways.items()]

@@ -413,11 +413,19 @@ def test_equals_the_cpu_on_a_gpu() -> None:
     config = AlikedConfig(max_keypoints=200)
     expected = Aliked(config, state_dict).extract(image)
     with torch.backends.cudnn.flags(allow_tf32=False):
-        features = Aliked(config, state_dict, "cuda").extract(image)
+        on_gpu = Aliked(config, state_dict, "cuda")
+        features = on_gpu.extract(image)
+        layout = on_gpu.network.create_layout(240, 320)
+        pixels = torch.from_numpy(image).cuda().permute(2, 0, 1)[None]
+        score_map = on_gpu.network(pixels, layout).score_map.cpu()
     assert features.device.type == "cuda"
     assert features.num_valid == expected.num_valid
+    plain = Aliked(config, state_dict).network
+    difference = plain(pixels.cpu(), plain.create_layout(240, 320)).score_map - score_map
+    assert difference.abs().max() < 1e-5
+    # The map of random weights is nearly flat around its peaks: rounding moves some of them by less than 0.1 px.
     distance = torch.cdist(features.keypoints.cpu(), expected.keypoints).amin(1)
-    assert (distance < 0.02).float().mean() >= 0.99
+    assert (distance < 0.02).float().mean() >= 0.9 and (distance < 0.15).float().mean() >= 0.99
 
 
 def test_spread_detections_cover_the_map_and_keep_padding_last():

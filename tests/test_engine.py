@@ -27,7 +27,7 @@ from frontends.lightglue import LightGlue, LightGlueConfig
 from frontends.nearest import Nearest
 from frontends.orb import Orb, OrbConfig
 from frontends.static_extractor import StaticExtractor
-from frontends.static_matcher import StaticMatcher
+from frontends.static_matcher import MatcherChoice, StaticMatcher
 from frontends.tuning import (
     MIN_KERNEL_GAIN,
     Trial,
@@ -294,6 +294,35 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch):
     assert sentences == [
         "lightglue compilation: failed (RuntimeError: InvalidCxxCompiler: no C++ compiler), runs as written"
     ]
+
+
+def test_buffers_that_may_be_in_use_are_waited_for(monkeypatch: pytest.MonkeyPatch):
+    """A block that was launched ahead writes into its buffers after the match has been given away."""
+    engine = engine_of(small_aliked(), small_lightglue())
+    extractor, matcher = engine.extractor, engine.matcher
+    assert isinstance(extractor, StaticExtractor) and isinstance(matcher, StaticMatcher)
+    features = [extractor.extract(image) for image in moving_images(2)]
+    matcher.match(*features)
+    waited: list[tuple[object, bool]] = []
+    monkeypatch.setattr(
+        "frontends.static_matcher.wait_for", lambda lane, _: waited.append((lane, matcher._captured is not None))
+    )
+    monkeypatch.setattr(
+        "frontends.static_extractor.wait_for", lambda lane, _: waited.append((lane, bool(extractor._prepared)))
+    )
+    matcher.use(MatcherChoice(depth="speculative"))
+    assert waited == [(matcher.lane, True)] and matcher._captured is None
+    extractor.use(replace(extractor.choice, convolutions="planar"))
+    assert waited[1:] == [(extractor._upload_lane, True), (extractor.lane, True)] and not extractor._prepared
+
+
+def test_compiled_layers_are_not_compiled_again_for_every_bucket(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    options = TuningOptions(("float32",), depths=("whole", "blocks"), widths=("full", "buckets"), num_repeats=1)
+    _, sentences = tuned_matcher(
+        replace(options, compiles=True), lambda matcher: 0.1 if matcher.choice.is_compiled else 0.2
+    )
+    assert "compilation: compiled" in sentences[0] and "buckets" not in sentences[1]
 
 
 def test_what_is_compiled_stays_where_it_is_faster(monkeypatch: pytest.MonkeyPatch):
