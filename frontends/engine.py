@@ -58,7 +58,9 @@ class EngineConfig:
         help="buckets: points that are out are left out, in steps of a size",
     )
     compile: str = setting(
-        "auto", choices=("auto", "off", "on"), help="torch.compile before the capture; auto: on a GPU, in the budget"
+        "auto",
+        choices=("auto", "off", "matcher", "on"),
+        help="torch.compile; auto: the matcher on a GPU, once `vo bench` or `matcher` has filled the cache; on: all",
     )
     compile_budget_s: float = setting(
         20.0, minimum=0.0, maximum=3600.0, help="time after which nothing further is compiled, s"
@@ -168,8 +170,9 @@ class Engine:
             precisions=_candidates(config.matcher_precision, tuple(DTYPES), measures),
             depths=depths if measures else depths[:1],
             widths=widths if measures else widths[:1],
-            compiles=config.compile == "on" or (config.compile == "auto" and measures),
+            compiles=config.compile in ("on", "matcher") or (config.compile == "auto" and measures),
             compile_budget_s=config.compile_budget_s,
+            only_from_cache=config.compile == "auto",
             layers_per_block=config.layers_per_block,
         )
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from frontends.accuracy_gate import Agreement, Found, Image, agreement, find_in
 from frontends.base import Features, Matcher
+from frontends.compiled_before import keep_compiled_code, note_compiled, was_compiled
 from frontends.device_faults import device_faults
 from frontends.lightglue_static import LightGlueStatic, advance, assign, create_static
 from frontends.static_extractor import StaticExtractor
@@ -29,6 +30,11 @@ MIN_KERNEL_GAIN = 1.3
 MIN_GAIN = 1.02
 """What is faster by less than that is as fast: the simpler way stays."""
 
+NOT_COMPILED = (
+    "left out, as it would hold up this start by half a minute; `vo bench` or frontend.engine.compile=matcher does it "
+    "once, and later starts take it from the cache"
+)
+
 # A compiler fails in many ways (no C++ compiler, no Triton, a bug), and is never needed.
 COMPILER_FAILURES = (RuntimeError, ImportError, OSError, AttributeError, TypeError, ValueError, AssertionError)
 
@@ -37,7 +43,10 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class TuningOptions:
-    """What is tried; a tuple of one name leaves nothing to try. `num_repeats` calls are timed per way, after three."""
+    """What is tried; a tuple of one name leaves nothing to try. `num_repeats` calls are timed per way, after three.
+
+    only_from_cache  compiles only what an earlier start has compiled, which takes a fraction of the time.
+    """
 
     precisions: tuple[str, ...]
     kernels: tuple[str, ...] = ("torch",)
@@ -46,6 +55,7 @@ class TuningOptions:
     widths: tuple[str, ...] = ("full",)
     compiles: bool = False
     compile_budget_s: float = 20.0
+    only_from_cache: bool = False
     layers_per_block: int = 2
     num_repeats: int = 30
 
@@ -221,6 +231,9 @@ def _compiled_or_not(
     clock: Clock,
 ) -> tuple[MatcherChoice, LightGlueStatic, str]:
     """One compiled layer serves all of them; where it takes longer than the budget, it is not waited for again."""
+    what = (matcher.layout, matcher.eager.num_layers, choice.precision)
+    if options.only_from_cache and not was_compiled(*what):
+        return choice, network, f"lightglue compilation: {NOT_COMPILED}, runs as written"
     compiled = create_static(matcher.eager, matcher.layout, choice.precision)
     plain = trial("as written", choice, network, None)
     start_s = clock()
@@ -232,6 +245,7 @@ def _compiled_or_not(
         matcher.use(choice, network)
         return choice, network, f"lightglue compilation: {_failure(error)}, runs as written"
     took_s = clock() - start_s
+    note_compiled(*what, took_s=took_s)
     chosen = fastest([plain, tried])
     sentence = f"{_sentence('lightglue compilation', [plain, tried], chosen)}, {took_s:.1f} s to compile"
     if chosen is tried:
@@ -242,6 +256,7 @@ def _compiled_or_not(
 def compile_steps(network: LightGlueStatic, budget_s: float, clock: Clock = time.perf_counter) -> None:
     """Compiles what a layer does, and the assignment after it as long as the time allows."""
     start_s = clock()
+    keep_compiled_code()
     network.advance = torch.compile(advance, dynamic=False, fullgraph=True)
     rows = torch.zeros((2, network.layout.length), device=network.device)
     network.layout.header(rows)[:, :3] = torch.tensor([1.0, 640.0, 480.0], device=network.device)

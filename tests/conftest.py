@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import socket
+import tempfile
 
 import pytest
 
@@ -22,6 +23,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # FFmpeg reads it once, at the first video of the process, which may be one that a test writes.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+# What tests compile is not the user's.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"lightvo-tests-{os.getuid()}"))
 # Whoever runs the tests in the background may have it ignored, and programs started here would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

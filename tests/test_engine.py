@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from frontends.accuracy_gate import Agreement, Found, agreement, find_in
 from frontends.aliked import Aliked, AlikedConfig
 from frontends.aliked_static import AlikedStatic
 from frontends.base import DeviceError, Extractor, Features, Matcher
+from frontends.compiled_before import keep_compiled_code, note_compiled, was_compiled
 from frontends.engine import Engine, EngineConfig, create_engine
 from frontends.feature_pool import RowLayout
 from frontends.graphs import EmulatedBackend, GraphError
@@ -283,7 +285,7 @@ def test_a_precision_that_moves_matches_is_refused_however_fast(monkeypatch: pyt
     assert "bfloat16 1.00 ms, refused: 100.00% of the keypoints, 98.50% of the matches" in sentences[0]
 
 
-def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch):
+def test_a_compiler_that_fails_is_done_without(compiled_code: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("InvalidCxxCompiler: no C++ compiler\nmore")
 
@@ -316,7 +318,44 @@ def test_buffers_that_may_be_in_use_are_waited_for(monkeypatch: pytest.MonkeyPat
     assert waited[1:] == [(extractor._upload_lane, True), (extractor.lane, True)] and not extractor._prepared
 
 
-def test_compiled_layers_are_not_compiled_again_for_every_bucket(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def compiled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_a_start_compiles_only_what_an_earlier_one_has_left_in_the_cache(
+    compiled_code: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    here = TuningOptions(("float32",), compiles=True, only_from_cache=True, num_repeats=1)
+
+    def seconds(matcher: StaticMatcher) -> float:
+        return 0.1 if matcher.choice.is_compiled else 0.2
+
+    matcher, sentences = tuned_matcher(here, seconds)
+    assert not matcher.choice.is_compiled and "hold up this start" in sentences[0]
+    tuned_matcher(replace(here, only_from_cache=False), seconds)
+    matcher, sentences = tuned_matcher(here, seconds)
+    assert matcher.choice.is_compiled and sentences[0].startswith("lightglue compilation: compiled")
+    # Other layers, another device or PyTorch: other code.
+    assert not was_compiled("something else")
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert not tuned_matcher(here, seconds)[0].choice.is_compiled
+
+
+def test_compiled_code_outlives_the_folders_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert keep_compiled_code() == tmp_path / "lightvo" / "compiled"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "lightvo" / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    (tmp_path / "file").write_text("no folder")
+    note_compiled("anything", took_s=1.0)
+    assert not was_compiled("anything")
+
+
+def test_compiled_layers_are_not_compiled_again_for_every_bucket(compiled_code: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     options = TuningOptions(("float32",), depths=("whole", "blocks"), widths=("full", "buckets"), num_repeats=1)
     _, sentences = tuned_matcher(
@@ -325,7 +364,7 @@ def test_compiled_layers_are_not_compiled_again_for_every_bucket(monkeypatch: py
     assert "compilation: compiled" in sentences[0] and "buckets" not in sentences[1]
 
 
-def test_what_is_compiled_stays_where_it_is_faster(monkeypatch: pytest.MonkeyPatch):
+def test_what_is_compiled_stays_where_it_is_faster(compiled_code: Path, monkeypatch: pytest.MonkeyPatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function.__name__) or function)
     options = TuningOptions(("float32",), compiles=True, compile_budget_s=1.0, num_repeats=1)
