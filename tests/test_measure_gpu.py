@@ -51,6 +51,14 @@ def test_the_parts_are_commands_and_hold_every_figure() -> None:
     assert (ROOT / write_benchmarks.GPU_COMMAND.split()[1]).is_file()
 
 
+def test_whole_runs_can_be_shortened() -> None:
+    parts = {part.name: part for part in measure_gpu.PARTS}
+    assert measure_gpu.with_frames(parts["aliked"], None) is parts["aliked"]
+    for name in ("aliked", "xfeat", "long"):
+        flags = measure_gpu.with_frames(parts[name], 77).flags
+        assert build_parser().parse_args(["bench", *flags]).stream_frames == 77
+
+
 def test_measured_figures_make_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = (measure_gpu.Part("aliked", ("demo", *ORB, *STREAM), 300),)
     monkeypatch.setattr(measure_gpu, "PARTS", parts)

@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 where every part has been measured, 1 where one failed, 2 for what cannot be asked for."""
     parser = argparse.ArgumentParser(description="Measure on a GPU everything that BENCHMARKS.md says of one.")
     parser.add_argument("--only", default=",".join(part.name for part in PARTS), help="parts (default: %(default)s)")
+    parser.add_argument("--stream-frames", type=int, metavar="N", help="of the parts aliked and xfeat, 900 by default")
     parser.add_argument("--long-frames", type=int, metavar="N", help="of the part long, 10000 by default")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="where gpu-*.json go")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to test this program")
@@ -74,18 +75,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"measure_gpu: error: {problem}", file=sys.stderr)
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
-    parts = [shortened(part, options.long_frames) for part in PARTS if part.name in names]
+    frames = {"aliked": options.stream_frames, "xfeat": options.stream_frames, "long": options.long_frames}
+    parts = [with_frames(part, frames.get(part.name)) for part in PARTS if part.name in names]
     failed = [part.name for part in parts if not measured(part, options.output, options.device)]
     if failed:
         print(f"measure_gpu: failed: {', '.join(failed)}; see above", file=sys.stderr)
     return 1 if failed else 0
 
 
-def shortened(part: Part, long_frames: int | None) -> Part:
-    """The part `long` with another number of frames, all others as they are."""
-    if long_frames is None or part.name != "long":
+def with_frames(part: Part, num_frames: int | None) -> Part:
+    """The part with another number of frames in its whole runs."""
+    if num_frames is None:
         return part
-    return replace(part, flags=(*part.flags[:-1], str(long_frames)))
+    flags = list(part.flags)
+    flags[flags.index("--stream-frames") + 1] = str(num_frames)
+    return replace(part, flags=tuple(flags))
 
 
 def measured(part: Part, output: Path, device: str) -> bool:
