@@ -56,7 +56,7 @@ def test_whole_runs_can_be_shortened() -> None:
     assert measure_gpu.with_frames(parts["aliked"], None) is parts["aliked"]
     for name in ("aliked", "xfeat", "long"):
         flags = measure_gpu.with_frames(parts[name], 77).flags
-        assert build_parser().parse_args(["bench", *flags]).stream_frames == 77
+        assert build_parser().parse_args(["bench", *flags]).num_stream_frames == 77
 
 
 def test_measured_figures_make_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
