@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from synthetic_drive import write_drive
 
+import vo.bench
 import vo.bench_machine
 import vo.sources.manifest
 from frontends.lightglue import LightGlue, LightGlueConfig
@@ -223,6 +224,20 @@ def test_json_holds_every_stage_and_comparison(bench_tree: dict[str, Any]) -> No
     assert len(bench_tree["not_compared"]) == 2
     assert bench_tree["not_compared"][0].startswith("kornia: ")
     assert bench_tree["not_compared"][1].startswith("opencv: ")
+
+
+def test_a_peer_that_fails_costs_its_own_figures_only(
+    drive: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("expected all tensors to be on one device\nmore")
+
+    monkeypatch.setattr(vo.bench, "compare", fail)
+    arguments = ["--config", "orb", "--against", "orb", "--repeats", "2", "--frames", "3", "--json"]
+    assert main(["bench", f"kitti:{drive}", *arguments]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["odometry"]["stages"]["frame"]["median_ms"] > 0 and tree["comparisons"] == []
+    assert tree["not_compared"] == ["orb: failed (RuntimeError: expected all tensors to be on one device)"]
 
 
 def test_table_is_for_people(drive: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,7 +188,12 @@ def compare_all(
             not_compared.append(str(reason))
             continue
         not_compared += peer.reasons
-        comparisons += compare(conditions, frontend, peer, advance)
+        try:
+            comparisons += compare(conditions, frontend, peer, advance)
+        except (RuntimeError, TypeError, ValueError) as error:
+            # Somebody else's code: what has been measured of ours must not be lost with it.
+            reason = (str(error).splitlines() or [""])[0]
+            not_compared.append(f"{name}: failed ({type(error).__name__}: {reason})")
     return tuple(comparisons), tuple(not_compared)
 
 
