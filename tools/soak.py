@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -47,12 +49,16 @@ _END_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one look at the process found; `second` since its start."""
+    """What one look at the process found; `second` since its start.
+
+    files  what the open files are, sorted, numbers left out; kept to name one that was added.
+    """
 
     second: float
     resident_bytes: int
     num_files: int
     num_threads: int
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "fps": summary["fps"],
         "limit_percent": LIMIT_PERCENT,
         "verdict": asdict(verdict) | {"is_flat": verdict.is_flat},
-        "samples": [asdict(sample) for sample in thinned(samples)],
+        "added_files": added_files([sample for sample in samples if sample.second >= options.warm_up_minutes * 60]),
+        "samples": [without_names(sample) for sample in thinned(samples)],
     }
     if options.json is not None:
         options.json.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
@@ -134,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"resident memory {samples[-1].resident_bytes / 1e6:.0f} MB, spread {verdict.spread_percent:.2f} % "
         f"(single looks {verdict.momentary_spread_percent:.2f} %), growth "
         f"{verdict.growth_percent:+.2f} %; files {verdict.num_files}, threads {verdict.num_threads}"
+        + "".join(f"; {count} more {name}" for name, count in tree["added_files"].items())
     )
     return 0 if verdict.is_flat else 1
 
@@ -155,7 +163,25 @@ def look(pid: int, second: float) -> Sample:
     """One look at a living process."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines())
     resident_kib, num_threads = int(status["VmRSS"].split()[0]), int(status["Threads"])
-    return Sample(second, resident_kib * 1024, len(os.listdir(f"/proc/{pid}/fd")), num_threads)
+    files = open_files(pid)
+    return Sample(second, resident_kib * 1024, len(files), num_threads, files)
+
+
+def open_files(pid: int) -> tuple[str, ...]:
+    """What the open files of a process are: paths by their last part, sockets and the like by their kind."""
+    names = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            target = os.readlink(f"/proc/{pid}/fd/{number}")
+        except OSError:
+            target = "closed meanwhile"
+        names.append(target.rpartition("/")[2] if target.startswith("/") else re.sub(r":\[\d+\]$", "", target))
+    return tuple(sorted(names))
+
+
+def added_files(samples: Sequence[Sample]) -> dict[str, int]:
+    """Which files the last look has more of than the first had, and how many."""
+    return dict(Counter(samples[-1].files) - Counter(samples[0].files))
 
 
 def judge(samples: Sequence[Sample], warm_up_s: float) -> Verdict:
@@ -178,6 +204,12 @@ def judge(samples: Sequence[Sample], warm_up_s: float) -> Verdict:
         added_files=max(files[-third:]) - max(files[:third]),
         added_threads=max(threads[-third:]) - max(threads[:third]),
     )
+
+
+def without_names(sample: Sample) -> dict[str, object]:
+    tree = asdict(sample)
+    del tree["files"]
+    return tree
 
 
 def thinned(samples: Sequence[Sample], max_samples: int = 60) -> list[Sample]:
