@@ -65,6 +65,7 @@ def test_a_look_at_this_process_sees_its_files() -> None:
     with open(os.devnull) as _:
         after = look(os.getpid(), 1.0)
     assert after.num_files == before.num_files + 1
+    assert soak.added_files([before, after]) == {"null": 1} and soak.added_files([after, before]) == {}
     assert before.resident_bytes > 10_000_000 and before.num_threads >= 1
 
 
