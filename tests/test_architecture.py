@@ -47,6 +47,7 @@ LAYERS = (
         "vo.tracks_archive",
         "vo.ground_plane",
         "vo.image_health",
+        "vo.stillness",
         "vo.stereo",
         "vo.calibration",
         "vo.calibration_boards",

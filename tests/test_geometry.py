@@ -10,7 +10,14 @@ from scipy.linalg import expm
 from scipy.optimize import least_squares, minimize
 from scipy.spatial.transform import Rotation
 
-from vo.absolute_pose import AbsolutePose, estimate_absolute_pose, refine_absolute_pose
+from vo.absolute_pose import (
+    AbsolutePose,
+    Landmarks,
+    closest_pose,
+    estimate_absolute_pose,
+    median,
+    refine_absolute_pose,
+)
 from vo.config import TwoViewConfig
 from vo.geometry import (
     essential_matrix,
@@ -29,7 +36,6 @@ from vo.geometry import (
     refine_relative_pose,
     reproject,
     reproject_each,
-    reprojection_jacobians,
     rotation_angle,
     sampson_distance,
     skew,
@@ -274,18 +280,31 @@ def test_triangulation_agrees_with_opencv_and_the_truth():
 
 @settings(deadline=None, max_examples=30)
 @given(twists)
-def test_reprojection_jacobians_are_the_numeric_derivatives(xi):
+def test_the_jacobian_of_landmarks_is_the_numeric_derivative(xi):
     T = exp_se3(xi)
-    points = transform(T, np.random.default_rng(0).uniform([-2, -2, 3], [2, 2, 9], (5, 3)))
-    by_pose, by_point = reprojection_jacobians(T, points)
+    rng = np.random.default_rng(0)
+    points = transform(T, rng.uniform([-2, -2, 3], [2, 2, 9], (5, 3)))
+    landmarks = Landmarks(points, rng.uniform(-0.3, 0.3, (5, 2)), FOCAL_PX)
+    jacobian = landmarks.jacobian(landmarks.seen_from(T))
     for k in range(6):
         step = np.eye(6)[k] * 1e-6
-        numeric = (reproject(T @ exp_se3(step), points)[0] - reproject(T @ exp_se3(-step), points)[0]) / 2e-6
-        np.testing.assert_allclose(by_pose[:, :, k], numeric, atol=1e-6)
-    for k in range(3):
-        step = np.eye(3)[k] * 1e-6
-        numeric = (reproject(T, points + step)[0] - reproject(T, points - step)[0]) / 2e-6
-        np.testing.assert_allclose(by_point[:, :, k], numeric, atol=1e-6)
+        forth, back = (landmarks.seen_from(T @ exp_se3(s)).residual for s in (step, -step))
+        np.testing.assert_allclose(jacobian[k], (forth - back) / 2e-6, atol=1e-6 * FOCAL_PX)
+
+
+def test_the_closest_pose_is_that_of_the_least_median_error():
+    T, points, _, rays1 = scene(num_points=81)
+    rays1[:30] += 0.3
+    poses = [T @ exp_se3(np.full(6, off)) for off in (0.02, -0.001, 0.01)]
+    assert closest_pose(poses, points, rays1) is poses[1]
+    assert closest_pose([np.diag([-1.0, 1.0, -1.0, 1.0]), poses[0]], points, rays1) is poses[0]
+
+
+@pytest.mark.parametrize("num_values", [1, 2, 3, 8, 501])
+def test_median_is_numpys(num_values):
+    values = np.random.default_rng(num_values).normal(size=num_values)
+    assert median(values) == np.median(values)
+    assert median(np.append(values, [np.inf] * (num_values + 2))) == np.inf
 
 
 def test_absolute_pose_without_a_guess():
@@ -451,14 +470,10 @@ def test_each_point_with_its_own_pose():
     poses = np.array([exp_se3(xi) for xi in rng.normal(size=(7, 6))])
     points = rng.normal(size=(7, 3)) * 5
     rays, depth = reproject_each(poses, points)
-    by_pose, by_point = reprojection_jacobians(poses, points)
     for row in range(7):
         alone, alone_depth = reproject(poses[row], points[row : row + 1])
         np.testing.assert_allclose(rays[row], alone[0], rtol=1e-9)
         np.testing.assert_allclose(depth[row], alone_depth[0], rtol=1e-9)
-        jacobians = reprojection_jacobians(poses[row], points[row : row + 1])
-        np.testing.assert_allclose(by_pose[row], jacobians[0][0], rtol=1e-9)
-        np.testing.assert_allclose(by_point[row], jacobians[1][0], rtol=1e-9)
     flat, flat_depth = reproject_each(np.eye(4)[None], np.array([[1.0, 2.0, 0.0]]))
     assert np.isfinite(flat).all() and np.abs(flat).min() > 1e6 and flat_depth[0] == 0.0
 
@@ -601,7 +616,9 @@ def test_refined_absolute_pose_is_scipys_minimum_with_outliers():
     np.testing.assert_array_equal(pose.inliers, errors_px < 4.0)
     sigma_px = np.median(errors_px[pose.inliers]) / np.sqrt(2 * np.log(2))
     assert pose.sigma_px == pytest.approx(sigma_px, rel=1e-3)
-    jacobian = reprojection_jacobians(pose.T_world_camera, points[pose.inliers])[0].reshape(-1, 6) * FOCAL_PX
+    steps = np.eye(6) * 1e-6
+    moved = [reproject(pose.T_world_camera @ exp_se3(step), points[pose.inliers])[0] for step in (*steps, *-steps)]
+    jacobian = (np.array(moved[:6]) - np.array(moved[6:])).reshape(6, -1).T / 2e-6 * FOCAL_PX
     expected = np.linalg.inv(jacobian.T @ jacobian) * pose.sigma_px**2
     np.testing.assert_allclose(pose.covariance, expected, rtol=1e-6)
 

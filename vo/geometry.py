@@ -13,6 +13,7 @@ import math
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.lapack import dposv
 from scipy.spatial.transform import Rotation
 
 from vo.config import TwoViewConfig
@@ -36,13 +37,16 @@ def skew(v: FloatArray) -> FloatArray:
 
 def make_pose(R: FloatArray, t: FloatArray) -> FloatArray:
     """(4, 4) from a (3, 3) rotation and a (3,) translation."""
-    T = np.eye(4)
-    T[:3, :3], T[:3, 3] = R, t
+    T = np.zeros((4, 4))
+    T[:3, :3], T[:3, 3], T[3, 3] = R, t, 1.0
     return T
 
 
 def invert_pose(T: FloatArray) -> FloatArray:
     """(..., 4, 4) inverse of rigid transforms: T_a_b -> T_b_a."""
+    if T.ndim == 2:
+        R = T[:3, :3]
+        return make_pose(R.T, -(R.T @ T[:3, 3]))
     inverse = np.zeros_like(T)
     R_transposed = np.swapaxes(T[..., :3, :3], -1, -2)
     inverse[..., :3, :3] = R_transposed
@@ -89,25 +93,36 @@ def log_so3(R: FloatArray) -> FloatArray:
 
 def rotation_angle(R: FloatArray) -> float:
     """Angle of a (3, 3) rotation, rad."""
-    return float(np.linalg.norm(log_so3(R)))
+    (a, b, c), (d, e, f), (g, h, i) = R.tolist()
+    twice_sine = math.sqrt((h - f) ** 2 + (c - g) ** 2 + (d - b) ** 2)
+    return math.atan2(twice_sine, a + e + i - 1.0)
 
 
 def _left_jacobian(phi: FloatArray) -> FloatArray:
     """Left Jacobian of SO(3), by series near zero (Sola et al., equation 145)."""
-    angle_squared = float(phi @ phi)
-    K = skew(phi)
-    if angle_squared < 1e-8:
-        return np.eye(3) + K / 2 + K @ K / 6
-    angle = np.sqrt(angle_squared)
-    first = (1 - np.cos(angle)) / angle_squared
-    second = (angle - np.sin(angle)) / (angle_squared * angle)
+    K, (first, second) = skew(phi), _jacobian_factors(float(phi @ phi))
     jacobian: FloatArray = np.eye(3) + first * K + second * K @ K
     return jacobian
 
 
+def _jacobian_factors(angle_squared: float) -> tuple[float, float]:
+    if angle_squared < 1e-8:
+        return 1 / 2, 1 / 6
+    angle = math.sqrt(angle_squared)
+    return (1 - math.cos(angle)) / angle_squared, (angle - math.sin(angle)) / (angle_squared * angle)
+
+
 def exp_se3(xi: FloatArray) -> FloatArray:
-    """(6,) twist (rho, phi) -> (4, 4)."""
-    return make_pose(exp_so3(xi[3:]), _left_jacobian(xi[3:]) @ xi[:3])
+    """(6,) twist (rho, phi) -> (4, 4). Number by number, for the same reason as `exp_so3`."""
+    rx, ry, rz, x, y, z = xi.tolist()
+    first, second = _jacobian_factors(x * x + y * y + z * z)
+    cx, cy, cz = y * rz - z * ry, z * rx - x * rz, x * ry - y * rx
+    T = np.zeros((4, 4))
+    T[:3, :3], T[3, 3] = exp_so3(xi[3:]), 1.0
+    T[0, 3] = rx + first * cx + second * (y * cz - z * cy)
+    T[1, 3] = ry + first * cy + second * (z * cx - x * cz)
+    T[2, 3] = rz + first * cz + second * (x * cy - y * cx)
+    return T
 
 
 def log_se3(T: FloatArray) -> FloatArray:
@@ -124,8 +139,11 @@ def orthonormalized(T: FloatArray) -> FloatArray:
 
 
 def solve_symmetric(H: FloatArray, gradient: FloatArray) -> FloatArray:
-    """H^-1 gradient for a symmetric H, least squares where it is singular."""
-    return np.asarray(np.linalg.lstsq(H, gradient, rcond=None)[0], dtype=np.float64)
+    """H^-1 gradient for a symmetric H: by Cholesky, by least squares where it is not positive definite."""
+    _, solution, failed_at = dposv(H, gradient)
+    if failed_at:
+        solution = np.linalg.lstsq(H, gradient, rcond=None)[0]
+    return np.asarray(solution, dtype=np.float64)
 
 
 # --- camera ---------------------------------------------------------------------------------------------------------
@@ -224,8 +242,10 @@ def _closest_depths(
 
 
 def _angles_between(directions0: FloatArray, directions1: FloatArray) -> FloatArray:
-    cross = np.linalg.norm(np.cross(directions0, directions1), axis=1)
-    angles: FloatArray = np.arctan2(cross, (directions0 * directions1).sum(1))
+    x0, y0, z0 = directions0.T
+    x1, y1, z1 = directions1.T
+    across = (y0 * z1 - z0 * y1) ** 2 + (z0 * x1 - x0 * z1) ** 2 + (x0 * y1 - y0 * x1) ** 2
+    angles: FloatArray = np.arctan2(np.sqrt(across), x0 * x1 + y0 * y1 + z0 * z1)
     return angles
 
 
@@ -489,7 +509,7 @@ def triangulate(
 
 def reproject(T_world_camera: FloatArray, points_world: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Rays (N, 2) and depths (N,) of world points (N, 3); rays are meaningless where the depth is not positive."""
-    points = transform(invert_pose(T_world_camera), points_world)
+    points = (points_world - T_world_camera[:3, 3]) @ T_world_camera[:3, :3]
     depth = points[:, 2]
     rays: FloatArray = points[:, :2] / np.where(np.abs(depth) < 1e-9, 1e-9, depth)[:, None]
     return rays, depth
@@ -502,30 +522,6 @@ def reproject_each(T_world_camera: FloatArray, points_world: FloatArray) -> tupl
     depth = points[:, 2]
     rays: FloatArray = points[:, :2] / np.where(np.abs(depth) < 1e-9, 1e-9, depth)[:, None]
     return rays, depth
-
-
-def reprojection_jacobians(T_world_camera: FloatArray, points_world: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Derivatives (N, 2, 6) by the right perturbation of the pose and (N, 2, 3) by the point, of `reproject`'s rays.
-
-    T_world_camera may be (4, 4) or (N, 4, 4).
-    """
-    by_camera_point, by_pose = projection_jacobians(T_world_camera, points_world)
-    R = np.broadcast_to(invert_pose(T_world_camera)[..., :3, :3], (len(points_world), 3, 3))
-    return by_pose, by_camera_point @ R
-
-
-def projection_jacobians(T_world_camera: FloatArray, points_world: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Derivatives (N, 2, 3) by the point in the camera's frame and (N, 2, 6) by the right perturbation of the pose."""
-    T_camera_world = np.broadcast_to(invert_pose(T_world_camera), (len(points_world), 4, 4))
-    x, y, z = (np.einsum("nij,nj->ni", T_camera_world[:, :3, :3], points_world) + T_camera_world[:, :3, 3]).T
-    inverse_depth = 1.0 / np.where(np.abs(z) < 1e-9, 1e-9, z)
-    u, v = x * inverse_depth, y * inverse_depth
-    by_pose = np.zeros((len(points_world), 2, 6))
-    by_pose[:, 0, 0] = by_pose[:, 1, 1] = -inverse_depth
-    by_pose[:, 0, 2], by_pose[:, 1, 2] = u * inverse_depth, v * inverse_depth
-    by_pose[:, 0, 3], by_pose[:, 0, 4], by_pose[:, 0, 5] = u * v, -1.0 - u * u, v
-    by_pose[:, 1, 3], by_pose[:, 1, 4], by_pose[:, 1, 5] = 1.0 + v * v, -u * v, -u
-    return -by_pose[:, :, :3], by_pose
 
 
 def translation_scale(T_camera0_camera1: FloatArray, points_camera0: FloatArray, rays1: FloatArray) -> float | None:

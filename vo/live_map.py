@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
 from vo.absolute_pose import AbsolutePose, estimate_absolute_pose
-from vo.bundle import WindowSolution, corrected_rays
+from vo.bundle import WindowSolution
 from vo.config import OdometryConfig
 from vo.geometry import (
     parallax,
@@ -27,7 +27,7 @@ from vo.scale_source import ScaleSource
 from vo.self_calibration import FocalEstimate, FocalSearch
 from vo.tracks import TrackTable
 from vo.types import Camera, CameraModel, Frame, MapUpdate
-from vo.window import LensJob, View, Window, WindowChange, WindowJob, shared_rows
+from vo.window import LensJob, View, Window, WindowChange, WindowJob
 
 # Dead tracks are cleared away once in so many frames: looking for them takes longer than a frame makes.
 _PRUNE_EVERY = 5
@@ -104,10 +104,9 @@ class LiveMap:
         """A frame as the map sees it: undistorted as well as is known by now, and without tracks yet."""
         keypoints = features.valid_keypoints()
         untracked = np.full(len(keypoints), -1, np.int64)
-        nominal = undistort(keypoints, self.camera)
-        rays = corrected_rays(nominal, self.window.radial.mean)
+        nominal, kappa = undistort(keypoints, self.camera), self.window.radial.mean
         colors = _colors_at(frame.image, keypoints)
-        return View(frame.index, frame.timestamp_ns, features, keypoints, colors, nominal, rays, untracked, np.eye(4))
+        return View(frame.index, frame.timestamp_ns, features, keypoints, colors, nominal, kappa, untracked, np.eye(4))
 
     def observe(self, view: View, held: tuple[View, ...]) -> None:
         """Enters the frame into the track table; what has no track yet begins one."""
@@ -130,13 +129,13 @@ class LiveMap:
         Keyframes closer together than that only shorten the window's reach, and with it the hold on the scale.
         """
         newest = self.window.keyframes[-1]
-        rows0, rows1 = shared_rows(newest.track_ids, view.track_ids)
+        rows0, rows1 = self.tracks.shared_rows(newest.track_ids, view.track_ids)
         if len(rows0) < self._config.min_matches or num_inliers < 2 * self._config.min_inliers:
             return True
         R_newest_view = newest.T_world_camera[:3, :3].T @ view.T_world_camera[:3, :3]
         moved = parallax(newest.rays[rows0], view.rays[rows1], R_newest_view)
         parallax_px = float(np.median(moved)) * self.camera.focal_px
-        num_before = int(self.tracks.landmarks(newest.track_ids)[1].sum())
+        num_before = np.count_nonzero(self.tracks.has_landmark(self.tracks.rows_of(newest.track_ids)))
         is_fading = num_inliers < self._config.keyframe_landmark_ratio * num_before
         return bool(
             parallax_px > self._config.keyframe_parallax_px
@@ -206,10 +205,9 @@ class LiveMap:
         if isinstance(refinement.job, LensJob):
             return self._take_in_lens(refinement.job, refinement.solution.result(), (frame_index, timestamp_ns), held)
         change = self.window.apply(refinement.job, refinement.solution.result(), self.tracks)
-        kappa = self.window.radial.mean
         for view in self._without_keyframes(held, refinement.job.views):
             view.T_world_camera = change.correction @ view.T_world_camera
-            view.rays = corrected_rays(view.nominal_rays, kappa)
+            view.kappa = self.window.radial.mean
         return self._map_update(frame_index, timestamp_ns, change)
 
     def _take_in_lens(
@@ -232,8 +230,7 @@ class LiveMap:
         for view in self._without_keyframes(held, job.views):
             view.T_world_camera = change.correction @ view.T_world_camera
         for view in held:
-            view.nominal_rays = undistort(view.keypoints, camera)
-            view.rays = view.nominal_rays
+            view.undistort(camera)
         self._scale.forget_path()
         return self._map_update(*now, replace(change, views=(job.views[0], *change.views)))
 

@@ -27,6 +27,7 @@ from vo.live_map import LiveMap
 from vo.posing import MatchFunction, Motion, Posed, Poser
 from vo.scale_source import ScaleSource
 from vo.self_calibration import FocalEstimate
+from vo.stillness import is_still
 from vo.tracks import TrackTable, is_among
 from vo.types import (
     Camera,
@@ -39,14 +40,12 @@ from vo.types import (
     RelativePose,
     TrackingStatus,
 )
-from vo.window import View, shared_rows
+from vo.window import View
 
 IntArray = NDArray[np.int64]
 
 # The same image once more than this is a camera that hangs.
 _MAX_REPEATS = 1
-# Dead tracks are cleared away once in so many frames: looking for them takes longer than a frame makes.
-_PRUNE_EVERY = 5
 # Pose uncertainty of a frame that is posed by rotation alone, or held: translation unknown in the map's own unit.
 _UNKNOWN_TRANSLATION = np.diag([1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4])
 
@@ -205,10 +204,10 @@ class Odometry:
     def _initialize(self, view: View, matches: Matches, motion: Motion) -> OdometryStep:
         """Starts the map once the first keyframe and this frame see enough tracks under enough parallax."""
         origin = self._map.window.keyframes[0]
-        rows0, rows1 = shared_rows(origin.track_ids, view.track_ids)
+        rows0, rows1 = self._map.tracks.shared_rows(origin.track_ids, view.track_ids)
         if len(rows0) < len(motion.pairs) / 2:
             self._rematch(origin, view)
-            rows0, rows1 = shared_rows(origin.track_ids, view.track_ids)
+            rows0, rows1 = self._map.tracks.shared_rows(origin.track_ids, view.track_ids)
         relative = estimate_first_pose(origin.rays[rows0], view.rays[rows1], self._camera.focal_px, self._two_view)
         # Where the first keyframe is going out of sight a short baseline is better than none.
         is_leaving = len(rows0) < len(origin.keypoints) / 3
@@ -343,12 +342,11 @@ class Odometry:
         """Whether the image has not moved since the last frame that did, so that slow creeping still adds up."""
         if self._still_reference is None:
             return False
-        rows0, rows1 = shared_rows(self._still_reference.track_ids, view.track_ids)
+        rows0, rows1 = self._map.tracks.shared_rows(self._still_reference.track_ids, view.track_ids)
         if len(rows0) < self._config.min_matches:
             return False
-        shifts = _regional_shifts(self._still_reference.keypoints[rows0], view.keypoints[rows1], self._camera)
-        # Three quarters of the image decide: something that moves before a standing camera may fill the rest.
-        return len(shifts) > 0 and bool(np.quantile(shifts, 0.75) < self._config.stationary_px)
+        before, now = self._still_reference.keypoints[rows0], view.keypoints[rows1]
+        return is_still(before, now, self._camera, self._config.stationary_px)
 
     # --- loss and recovery ------------------------------------------------------------------------------------------
 
@@ -467,26 +465,3 @@ class Odometry:
             frame_index, timestamp_ns, none, np.zeros((0, 2), np.float32), np.zeros(0, np.int32), np.zeros(0, np.bool_)
         )
         return OdometryStep(pose, no_tracks, matches)
-
-
-def _regional_shifts(
-    keypoints0: NDArray[np.float32], keypoints1: NDArray[np.float32], camera: Camera
-) -> NDArray[np.float64]:
-    """Length in px of the median motion in every region of a 4 x 3 grid that holds enough keypoints.
-
-    The noise of single keypoints, a whole pixel with some detectors, cancels in the median; motion common to a region
-    does not, and forward motion, which cancels over the whole image, shows towards its borders.
-    """
-    columns = np.clip(keypoints0[:, 0] * 4 / camera.width, 0, 3).astype(np.int64)
-    rows = np.clip(keypoints0[:, 1] * 3 / camera.height, 0, 2).astype(np.int64)
-    region, shifts = rows * 4 + columns, keypoints1 - keypoints0
-    counts = np.bincount(region, minlength=12)
-    filled = np.flatnonzero(counts >= 8)
-    first = (np.cumsum(counts) - counts)[filled]
-    low, high = first + (counts[filled] - 1) // 2, first + counts[filled] // 2
-    medians = []
-    for axis in (0, 1):
-        ordered = shifts[np.lexsort((shifts[:, axis], region)), axis]
-        medians.append((ordered[low] + ordered[high]) / 2)
-    lengths = [float(np.linalg.norm(median)) for median in np.stack(medians, axis=1)]
-    return np.array(lengths)

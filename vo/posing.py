@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
-from vo.absolute_pose import AbsolutePose, estimate_absolute_pose, refine_absolute_pose
+from vo.absolute_pose import AbsolutePose, closest_pose, estimate_absolute_pose, refine_absolute_pose
 from vo.config import OdometryConfig, TwoViewConfig
 from vo.geometry import (
     essential_matrix,
@@ -29,6 +29,10 @@ from vo.window import View
 
 IntArray = NDArray[np.int64]
 MatchFunction = Callable[[Features, Features], Matches]
+
+
+# What a pose still moves by, once a step gains no larger share of the cost, is below a tenth of its standard deviation.
+_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,8 +93,8 @@ class Poser:
             return None
         points, rays = points[rows], view.rays[rows]
         guesses = [previous.T_world_camera @ last_motion, previous.T_world_camera]
-        guess = min(guesses, key=lambda T: _median_error(T, points, rays))
-        pose = refine_absolute_pose(guess, points, rays, self._focal_px, self._config.pose_threshold_px)
+        guess = closest_pose(guesses, points, rays)
+        pose = self._refined(guess, points, rays)
         num_inliers = int(pose.inliers.sum())
         if num_inliers < max(2 * self._config.min_inliers, self._config.prior_inlier_ratio * len(rows)):
             return None
@@ -117,8 +121,8 @@ class Poser:
         if len(rows) < min_inliers:
             return Rejection.TOO_FEW_MATCHES
         guesses = self._guesses(previous, motion, last_motion, points, rays)
-        guess = min(guesses, key=lambda T: _median_error(T, points, rays))
-        pose: AbsolutePose | Rejection = refine_absolute_pose(guess, points, rays, focal_px, threshold_px)
+        guess = closest_pose(guesses, points, rays)
+        pose: AbsolutePose | Rejection = self._refined(guess, points, rays)
         if not self._is_good(pose):
             pose = estimate_absolute_pose(points, rays, focal_px, threshold_px, min_inliers)
         if isinstance(pose, Rejection):
@@ -140,6 +144,10 @@ class Poser:
                 guesses.append(T_world_previous @ make_pose(T[:3, :3], T[:3, 3] * scale))
         return guesses
 
+    def _refined(self, guess: FloatArray, points: FloatArray, rays: FloatArray) -> AbsolutePose:
+        threshold_px = self._config.pose_threshold_px
+        return refine_absolute_pose(guess, points, rays, self._focal_px, threshold_px, tolerance=_TOLERANCE)
+
     def _is_good(self, pose: AbsolutePose | Rejection) -> bool:
         if isinstance(pose, Rejection):
             return False
@@ -157,13 +165,7 @@ class Poser:
             return posed
         points, has_landmark = self._tracks.landmarks(view.track_ids)
         rows = np.flatnonzero(has_landmark)
-        pose = refine_absolute_pose(
-            view.T_world_camera,
-            points[rows],
-            view.rays[rows],
-            self._focal_px,
-            self._config.pose_threshold_px,
-        )
+        pose = self._refined(view.T_world_camera, points[rows], view.rays[rows])
         if not self._is_good(pose):
             return posed
         view.T_world_camera = pose.T_world_camera
@@ -175,7 +177,7 @@ class Poser:
         matches = self._match(keyframe.features, view.features)
         rows0, rows1 = matches.indices[:, 0], matches.indices[:, 1]
         ids = keyframe.track_ids[rows0]
-        is_open = (view.track_ids[rows1] < 0) & (ids >= 0) & ~is_among(ids, view.track_ids)
+        is_open = (view.track_ids[rows1] < 0) & self._tracks.alive(ids) & ~is_among(ids, view.track_ids)
         rows0, rows1, ids = rows0[is_open], rows1[is_open], ids[is_open]
         if len(ids) == 0:
             return 0
@@ -192,9 +194,3 @@ class Poser:
         )
         view.track_ids[rows1[agrees]] = ids[agrees]
         return int(agrees.sum())
-
-
-def _median_error(T_world_camera: FloatArray, points: FloatArray, rays: FloatArray) -> float:
-    projected, depth = reproject(T_world_camera, points)
-    errors = np.linalg.norm(projected - rays, axis=1)
-    return float(np.median(np.where(depth > 0, errors, np.inf)))

@@ -7,7 +7,7 @@ Nothing here runs by itself: `job` freezes what is to be refined, `WindowJob.sol
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -45,7 +45,7 @@ class View:
     """A posed frame: what was seen where, and from where.
 
     keypoints (N, 2) px; colors (N, 3) RGB there; nominal_rays (N, 2) the same, undistorted by the calibration;
-    rays (N, 2) without the leftover distortion either; track_ids (N,), -1 once an observation proved wrong;
+    kappa the distortion that this leaves over; track_ids (N,), -1 once an observation proved wrong;
     inverse_depths (N,) 1/m measured there, NaN where there is none, None where there is no measurement at all.
     """
 
@@ -55,10 +55,26 @@ class View:
     keypoints: NDArray[np.float32]
     colors: NDArray[np.uint8]
     nominal_rays: FloatArray
-    rays: FloatArray
+    kappa: float
     track_ids: IntArray
     T_world_camera: FloatArray
     inverse_depths: FloatArray | None = None
+    _rays: tuple[float, FloatArray] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def rays(self) -> FloatArray:
+        """(N, 2) without the leftover distortion either.
+
+        Made when they are asked for: every refinement learns about the distortion of a hundred keyframes, most of which
+        are not looked at again before the next one.
+        """
+        if self._rays is None or self._rays[0] != self.kappa:
+            self._rays = self.kappa, corrected_rays(self.nominal_rays, self.kappa)
+        return self._rays[1]
+
+    def undistort(self, camera: Camera) -> None:
+        """Takes another calibration for the one it was made with; nothing is known of what that one leaves over."""
+        self.nominal_rays, self.kappa, self._rays = undistort(self.keypoints, camera), 0.0, None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,27 +115,6 @@ class WindowChange:
     correction: FloatArray
 
 
-def shared_rows(ids0: IntArray, ids1: IntArray) -> tuple[IntArray, IntArray]:
-    """Rows of two id arrays that name the same track, by rising id; ids below zero name none."""
-    rows0, rows1 = _rows_by_id(ids0), _rows_by_id(ids1)
-    if len(rows0) == 0 or len(rows1) == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    sorted0, sorted1 = ids0[rows0], ids1[rows1]
-    at = np.minimum(np.searchsorted(sorted1, sorted0), len(sorted1) - 1)
-    shared = sorted1[at] == sorted0
-    return rows0[shared], rows1[at[shared]]
-
-
-def _rows_by_id(ids: IntArray) -> IntArray:
-    """Rows of the ids that are not below zero, by rising id; the first of equal ones."""
-    rows = np.argsort(ids, kind="stable")
-    rows = rows[np.searchsorted(ids, 0, sorter=rows) :]
-    ordered = ids[rows]
-    is_first = np.ones(len(rows), np.bool_)
-    np.not_equal(ordered[1:], ordered[:-1], out=is_first[1:])
-    return rows[is_first]
-
-
 class Window:
     """Owns the keyframes: the newest `window_size` are free to move, up to `map_keyframes` older ones stay put."""
 
@@ -150,7 +145,7 @@ class Window:
         """Ids of the tracks to keep: all that the window sees, and the landmarks of older keyframes."""
         ids = np.concatenate([np.zeros(0, np.int64), *(view.track_ids for view in self.keyframes)])
         older = np.concatenate([np.zeros(0, np.int64), *(view.track_ids for view in self.older)])
-        return np.concatenate([ids, older[tracks.landmarks(older)[1]]])
+        return np.concatenate([ids, older[tracks.has_landmark(tracks.rows_of(older))]])
 
     def likely_views(self, view: View) -> list[View]:
         """Keyframes in which a lost camera may find itself: the newest ones, then those that look most like its image.
@@ -179,19 +174,20 @@ class Window:
         ]
         if not candidates:
             return None
-        # All at once: the table is looked through once and not once per keyframe.
-        ids = np.concatenate([keyframe.track_ids for keyframe in candidates])
-        points, known = tracks.landmarks(ids)
-        in_view = known & is_among(ids, view.track_ids)
-        best, best_count, end = None, self._config.revisit_landmarks, 0
-        for keyframe in candidates:
-            rows = slice(end, end + len(keyframe.track_ids))
-            end = rows.stop
-            already = int(np.count_nonzero(in_view[rows]))
-            count = self._num_in_sight(view, points[rows][known[rows]], keyframe.T_world_camera)
-            if count - already > best_count and already < count // 2:
-                best, best_count = keyframe, count - already
-        return best
+        # All at once, for a map has a hundred keyframes.
+        index = np.repeat(np.arange(len(candidates)), [len(keyframe.track_ids) for keyframe in candidates])
+        rows = tracks.rows_of(np.concatenate([keyframe.track_ids for keyframe in candidates]))
+        known = tracks.has_landmark(rows)
+        index, rows = index[known], rows[known]
+        is_seen = np.zeros(len(tracks) + 1, np.bool_)
+        is_seen[tracks.rows_of(view.track_ids)] = True
+        already = np.bincount(index[is_seen[rows]], minlength=len(candidates))
+        T_world_keyframes = np.stack([keyframe.T_world_camera for keyframe in candidates])
+        in_sight = _in_sight(view, tracks.points(rows), T_world_keyframes, index)
+        counts = np.bincount(index[in_sight], minlength=len(candidates))
+        gains = np.where(already < counts // 2, counts - already, 0)
+        best = int(np.argmax(gains))
+        return candidates[best] if gains[best] > self._config.revisit_landmarks else None
 
     def revisit(self, view: View, tracks: TrackTable, match: Callable[[Features, Features], Matches]) -> None:
         """Ties a new keyframe to an older one whose landmarks come into sight again, so that drift stays small.
@@ -232,14 +228,6 @@ class Window:
         _, had_landmark = tracks.landmarks(new_ids)
         tracks.drop_landmarks(new_ids[had_landmark])
 
-    def _num_in_sight(self, view: View, points: FloatArray, T_world_keyframe: FloatArray) -> int:
-        """How many points should be within `view`'s image, at a size that still looks the same."""
-        rays, depth = reproject(view.T_world_camera, points)
-        low, high = view.rays.min(axis=0), view.rays.max(axis=0)
-        inside = ((rays > low) & (rays < high)).all(axis=1) & (depth > 0)
-        ratio = depth / np.maximum(reproject(T_world_keyframe, points)[1], 1e-9)
-        return int((inside & (ratio > 0.5) & (ratio < 2.0)).sum())
-
     def _thin_out(self) -> None:
         """Gives up the older keyframe that differs least from the one before it, where there are too many."""
         while len(self.older) > self._config.map_keyframes:
@@ -253,13 +241,17 @@ class Window:
 
     def _triangulate(self, view: View, tracks: TrackTable) -> None:
         """New landmarks of `view`'s tracks, each from the oldest keyframe nearby that sees it."""
-        _, has_landmark = tracks.landmarks(view.track_ids)
-        rows = np.flatnonzero(~has_landmark & (view.track_ids >= 0))
+        table_rows = tracks.rows_of(view.track_ids)
+        rows = np.flatnonzero(~tracks.has_landmark(table_rows) & (table_rows >= 0))
+        place = np.full(len(tracks) + 1, -1, np.int64)
+        place[table_rows[rows]] = np.arange(len(rows))
         anchor_T = np.zeros((len(rows), 4, 4))
         anchor_rays = np.zeros((len(rows), 2))
         anchored = np.zeros(len(rows), np.bool_)
         for keyframe in reversed(self.keyframes[:-1]):
-            of_rows, of_keyframe = shared_rows(view.track_ids[rows], keyframe.track_ids)
+            places = place[tracks.rows_of(keyframe.track_ids)]
+            of_keyframe = np.flatnonzero(places >= 0)
+            of_rows = places[of_keyframe]
             anchor_T[of_rows], anchor_rays[of_rows] = keyframe.T_world_camera, keyframe.rays[of_keyframe]
             anchored[of_rows] = True
         rows, anchor_T, anchor_rays = rows[anchored], anchor_T[anchored], anchor_rays[anchored]
@@ -328,29 +320,30 @@ class Window:
         self, views: tuple[View, ...], num_fixed: int, tracks: TrackTable, inverse_depth_sigma: float
     ) -> tuple[WindowProblem, IntArray, IntArray] | None:
         """The problem of these views, the ids of its points and the features (O,) that see them."""
-        ids, pose_index, rows = _observations(views, num_fixed, tracks)
-        if len(ids) < 6 * len(views):
+        point_ids, point_index, pose_index, rows = _observations(views, num_fixed, tracks)
+        if len(rows) < 6 * len(views):
             return None
-        point_ids, point_index = np.unique(ids, return_inverse=True)
         points, _ = tracks.landmarks(point_ids)
-        rays = np.concatenate([view.nominal_rays[rows[pose_index == i]] for i, view in enumerate(views)])
+        of_views = _by_pose(pose_index, len(views))
+        rays = np.concatenate([view.nominal_rays[rows[mine]] for view, mine in zip(views, of_views, strict=True)])
         poses = np.stack([view.T_world_camera for view in views])
         problem = WindowProblem(poses, num_fixed, points, pose_index, point_index, rays, self._focal_px)
         if inverse_depth_sigma > 0:
-            depths = [_inverse_depths(view, rows[pose_index == i]) for i, view in enumerate(views)]
+            depths = [_inverse_depths(view, rows[mine]) for view, mine in zip(views, of_views, strict=True)]
             gain_px = np.sqrt(_RESIDUAL_VARIANCE) / inverse_depth_sigma
             problem = replace(problem, inverse_depths=np.concatenate(depths), depth_gain_px=gain_px)
         return problem, point_ids, rows
 
     def _holding_views(self, tracks: TrackTable) -> tuple[View, ...]:
         """The older keyframes that share most landmarks with the window, oldest first."""
-        in_window = np.unique(np.concatenate([view.track_ids for view in self.keyframes]))
-        in_window = in_window[tracks.landmarks(in_window)[1]]
         if not self.older:
             return ()
-        shared_ids = is_among(np.concatenate([view.track_ids for view in self.older]), in_window)
+        in_window = np.zeros(len(tracks) + 1, np.bool_)
+        rows = tracks.rows_of(np.concatenate([view.track_ids for view in self.keyframes]))
+        in_window[rows[tracks.has_landmark(rows)]] = True
+        is_shared = in_window[tracks.rows_of(np.concatenate([view.track_ids for view in self.older]))]
         starts = np.cumsum([0, *(len(view.track_ids) for view in self.older)])
-        shared = [int(np.count_nonzero(shared_ids[a:b])) for a, b in pairwise(starts)]
+        shared = [int(np.count_nonzero(is_shared[a:b])) for a, b in pairwise(starts)]
         best = sorted(range(len(shared)), key=lambda i: shared[i])[-self._config.window_fixed :]
         return tuple(self.older[i] for i in sorted(best) if shared[i] >= self._config.min_inliers)
 
@@ -394,11 +387,9 @@ class Window:
         wrong = solution.errors_px > self._config.pose_threshold_px
         problem = job.problem
         observed_ids = job.point_ids[problem.point_index]
-        for i, view in enumerate(job.views):
-            mine = wrong & (problem.pose_index == i)
-            rows = job.rows[mine]
-            unchanged = view.track_ids[rows] == observed_ids[mine]
-            view.track_ids[rows[unchanged]] = -1
+        for view, mine in zip(job.views, _by_pose(problem.pose_index, len(job.views)), strict=True):
+            rows, ids = job.rows[mine][wrong[mine]], observed_ids[mine][wrong[mine]]
+            view.track_ids[rows[view.track_ids[rows] == ids]] = -1
         remaining = np.bincount(problem.point_index[~wrong], minlength=len(job.point_ids))
         lost = job.point_ids[remaining < 2]
         lost = lost[tracks.alive(lost)]
@@ -413,7 +404,7 @@ class Window:
         gained = max(learned.information - problem.radial.information, 0.0) / self._config.window_size
         self.radial = RadialPrior(learned.mean, problem.radial.information + gained, learned.limit)
         for view in (*self.keyframes, *self.older):
-            view.rays = corrected_rays(view.nominal_rays, self.radial.mean)
+            view.kappa = self.radial.mean
 
     def change_camera(self, camera: Camera, first_frame: int) -> None:
         """Takes a better calibration in; keyframes before `first_frame` were made with the old one and are given up."""
@@ -421,8 +412,7 @@ class Window:
         self.radial = self._unknown_radial()
         self.older = [view for view in self.older if view.frame_index >= first_frame]
         for view in (*self.older, *self.keyframes):
-            view.nominal_rays = undistort(view.keypoints, camera)
-            view.rays = view.nominal_rays
+            view.undistort(camera)
 
     def rescale(self, center: FloatArray, factor: float) -> None:
         """Changes the unit of the keyframes' positions about a point (3,) of the world."""
@@ -445,16 +435,42 @@ def _inverse_depths(view: View, rows: IntArray) -> FloatArray:
     return np.full(len(rows), np.nan) if view.inverse_depths is None else view.inverse_depths[rows]
 
 
-def _observations(views: tuple[View, ...], num_fixed: int, tracks: TrackTable) -> tuple[IntArray, IntArray, IntArray]:
-    """Track ids, view numbers and feature rows (O,) of landmarks seen twice or more, and once by a free view."""
-    all_ids = np.concatenate([view.track_ids for view in views])
+def _in_sight(view: View, points: FloatArray, T_world_keyframes: FloatArray, index: IntArray) -> NDArray[np.bool_]:
+    """Which points (N, 3) should be within `view`'s image, at a size that still looks the same as in their keyframe.
+
+    T_world_keyframes (K, 4, 4); index (N,) says which is whose.
+    """
+    rays, depth = reproject(view.T_world_camera, points)
+    low, high = view.rays.min(axis=0), view.rays.max(axis=0)
+    inside = ((rays > low) & (rays < high)).all(axis=1) & (depth > 0)
+    axes, centres = T_world_keyframes[:, :3, 2], T_world_keyframes[:, :3, 3]
+    depth_there = np.einsum("ni,ni->n", points, axes[index]) - np.einsum("ki,ki->k", centres, axes)[index]
+    ratio = depth / np.maximum(depth_there, 1e-9)
+    found: NDArray[np.bool_] = inside & (ratio > 0.5) & (ratio < 2.0)
+    return found
+
+
+def _by_pose(pose_index: IntArray, num_poses: int) -> list[slice]:
+    """Where the observations of each pose lie, which come pose after pose."""
+    bounds = np.searchsorted(pose_index, np.arange(num_poses + 1)).tolist()
+    return [slice(first, last) for first, last in pairwise(bounds)]
+
+
+def _observations(
+    views: tuple[View, ...], num_fixed: int, tracks: TrackTable
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Landmarks seen twice or more, and once by a free view: their track ids (L,), which of them is seen (O,), view
+    numbers (O,) and feature rows (O,), view by view.
+    """
+    table_rows = tracks.rows_of(np.concatenate([view.track_ids for view in views]))
     lengths = [len(view.track_ids) for view in views]
-    all_poses = np.repeat(np.arange(len(views)), lengths)
-    all_rows = np.concatenate([np.arange(length) for length in lengths])
-    _, has_landmark = tracks.landmarks(all_ids)
-    all_ids, all_poses, all_rows = all_ids[has_landmark], all_poses[has_landmark], all_rows[has_landmark]
-    _, inverse, counts = np.unique(all_ids, return_inverse=True, return_counts=True)
-    by_free = np.bincount(inverse[all_poses >= num_fixed], minlength=len(counts))
+    pose_index = np.repeat(np.arange(len(views)), lengths)
+    rows = np.concatenate([np.arange(length) for length in lengths])
+    seen = np.flatnonzero(tracks.has_landmark(table_rows))
+    table_rows, pose_index, rows = table_rows[seen], pose_index[seen], rows[seen]
+    counts = np.bincount(table_rows, minlength=len(tracks))
+    by_free = np.bincount(table_rows[pose_index >= num_fixed], minlength=len(tracks))
     useful = (counts >= 2) & (by_free >= 1)
-    keep = useful[inverse]
-    return all_ids[keep], all_poses[keep], all_rows[keep]
+    keep = np.flatnonzero(useful[table_rows])
+    point_index = (np.cumsum(useful) - 1)[table_rows[keep]]
+    return tracks.ids(np.flatnonzero(useful)), point_index, pose_index[keep], rows[keep]
