@@ -102,12 +102,10 @@ def refine_absolute_pose(
     focal_px: float,
     threshold_px: float,
     num_iterations: int = 15,
-    tolerance: float = 1e-7,
 ) -> AbsolutePose:
     """Minimises the reprojection error over the pose alone, with a Cauchy kernel of width `threshold_px` / 2.
 
-    Levenberg-Marquardt from the given pose, until a step gains a smaller share of the cost than
-    `tolerance`; inliers lie before the camera and within `threshold_px`.
+    Levenberg-Marquardt from the given pose; inliers lie before the camera and within `threshold_px`.
     """
     landmarks = Landmarks(points_world, rays, focal_px)
     kernel_px = threshold_px / 2
@@ -122,7 +120,7 @@ def refine_absolute_pose(
         candidate_seen = landmarks.seen_from(candidate)
         candidate_cost = candidate_seen.cauchy_cost(kernel_px)
         if candidate_cost < cost:
-            converged = cost - candidate_cost < tolerance * cost
+            converged = cost - candidate_cost < 1e-7 * cost
             T, seen, cost, damping = candidate, candidate_seen, candidate_cost, max(damping / 10, 1e-9)
             if converged:
                 break

@@ -31,10 +31,6 @@ IntArray = NDArray[np.int64]
 MatchFunction = Callable[[Features, Features], Matches]
 
 
-# What a pose still moves by, once a step gains no larger share of the cost, is below a tenth of its standard deviation.
-_TOLERANCE = 1e-5
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Motion:
     """How the camera moved since the previous frame, up to scale: matches (M, 2) that agree, and the relative pose.
@@ -145,8 +141,7 @@ class Poser:
         return guesses
 
     def _refined(self, guess: FloatArray, points: FloatArray, rays: FloatArray) -> AbsolutePose:
-        threshold_px = self._config.pose_threshold_px
-        return refine_absolute_pose(guess, points, rays, self._focal_px, threshold_px, tolerance=_TOLERANCE)
+        return refine_absolute_pose(guess, points, rays, self._focal_px, self._config.pose_threshold_px)
 
     def _is_good(self, pose: AbsolutePose | Rejection) -> bool:
         if isinstance(pose, Rejection):
