@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -53,6 +57,47 @@ def correction(indices: list[int], shift: float) -> MapUpdate:
         landmark_colors=np.zeros((0, 3), np.uint8),
         removed_landmark_ids=none,
     )
+
+
+def result_at(index: int) -> FrameResult:
+    return cast(FrameResult, SimpleNamespace(step=SimpleNamespace(pose=estimate(index), map_update=None)))
+
+
+@pytest.mark.parametrize("num_poses", [9, 30])
+def test_what_the_plot_needs_is_loaded_while_the_run_goes_on(
+    tmp_path: Path, num_poses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, and not before the run has begun well; what comes at the end waits for it."""
+    begun: list[threading.Thread] = []
+    release = threading.Event()
+
+    def load() -> threading.Thread:
+        begun.append(threading.Thread(target=release.wait))
+        begun[-1].start()
+        return begun[-1]
+
+    def report() -> None:
+        assert all(not thread.is_alive() for thread in begun)
+
+    monkeypatch.setattr("vo.run_results.load_ahead", load)
+    with RunResults(tmp_path, outlives_disk=False, is_evaluated=False, say=print) as results:
+        for index in range(num_poses):
+            results.add(result_at(index))
+        assert len(begun) == (1 if num_poses > 9 else 0)
+        threading.Timer(0.05, release.set).start()
+        results.finish(report)
+
+
+def test_without_a_directory_no_plot_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vo.run_results.load_ahead", lambda: pytest.fail("there will be no plot"))
+    with RunResults(None, outlives_disk=False, is_evaluated=False, say=print) as results:
+        for index in range(20):
+            results.add(result_at(index))
+
+
+def test_plots_loaded_ahead_are_there() -> None:
+    code = "import sys; from vo.plots import load_ahead; load_ahead().join(); print('matplotlib.figure' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "True\n"
 
 
 def test_refined_poses_that_went_to_the_disk_early_are_the_same(tmp_path: Path) -> None:

@@ -309,6 +309,29 @@ def test_the_failure_is_raised_though_another_stage_hangs() -> None:
         thread.join(5)
 
 
+def test_frames_that_drip_after_a_failure_do_not_hold_the_end_up() -> None:
+    """What was captured before a failure comes through for a limited time, however steadily it comes."""
+
+    def drip(result: FrameResult) -> None:
+        if run.source.closed.is_set() or result.captured.frame.index > 3:
+            time.sleep(0.1)
+
+    def fail(index: int) -> None:
+        if index == 300:
+            raise SourceError("gone")
+
+    run = Run(FakeSource(None, fail), sink=drip)
+    before = set(threading.enumerate())
+    start = time.monotonic()
+    with pytest.raises(SourceError, match="gone"):
+        run.stages.run(StageOptions(channel_capacity=400, stop_timeout_s=2.0))
+    assert time.monotonic() - start < 20, "three hundred of them take half a minute"
+    assert run.meter.left_behind == (), "what only has frames left to deliver ends when it is told to"
+    assert run.indices == list(range(len(run.indices))) and len(run.indices) < 290
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+
+
 def test_interrupt_in_the_main_thread_stops_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(FakeSource(None))
     waits = iter([None, KeyboardInterrupt(), None])

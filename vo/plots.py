@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,13 @@ def figure_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def load_ahead() -> threading.Thread:
+    """Loads what figures need, and what drawing the first one loads, on a thread of its own; half a second of work."""
+    thread = threading.Thread(target=lambda: figure_png(path_figure(None)), name="plots", daemon=True)
+    thread.start()
+    return thread
 
 
 def _figure(width_in: float, height_in: float) -> Figure:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from vo.output import OutputError
+from vo.plots import load_ahead
 from vo.recorder import Recorder
 from vo.refined import RefinedFile
 from vo.run_report import PoseLog
 from vo.stages import FrameResult
 from vo.types import MapUpdate
+
+# Poses after which what the plot will need is loaded, so that nobody waits for that at the end of the run.
+_PLOTS_AFTER = 10
 
 
 class RunResults:
@@ -32,6 +37,7 @@ class RunResults:
         self.failure: OutputError | None = None
         self._outlives_disk = outlives_disk
         self._say = say
+        self._plots: threading.Thread | None = None
 
     def add(self, result: FrameResult) -> None:
         """A frame, after it was published. Raises OutputError."""
@@ -51,6 +57,7 @@ class RunResults:
         try:
             if self._refined is not None:
                 self._write(self._refined.finish)
+            self._await_plots()
         finally:
             try:
                 report()
@@ -62,9 +69,15 @@ class RunResults:
         if self.recorder is None or self._refined is None:
             return
         self.recorder.record(result.step.pose)
+        if self._plots is None and self.recorder.num_poses == _PLOTS_AFTER:
+            self._plots = load_ahead()
         if result.step.map_update is not None:
             self._refined.correct(result.step.map_update)
         self._refined.add(result.step.pose)
+
+    def _await_plots(self) -> None:
+        if self._plots is not None:
+            self._plots.join()
 
     def _write(self, write: Callable[[], None]) -> None:
         if self.failure is not None:
@@ -84,6 +97,7 @@ class RunResults:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with ExitStack() as closing:
+            closing.callback(self._await_plots)
             if self.recorder is not None:
                 closing.callback(self.recorder.close)
             if self._refined is not None:

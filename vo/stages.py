@@ -26,11 +26,11 @@ from vo.types import Frame
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
-# How long a stage may take to end once the run is to end. One that takes longer, hanging in a driver or at work in a
-# slow network, is left behind: whoever stops a run has its results within two seconds.
+# How long the stages may take to end once the run is to end, or one of them has failed. What takes longer, hanging in a
+# driver or at work in a slow network, is left behind: whoever stops a run has its results within two seconds.
 STOP_TIMEOUT_S = 1.2
-# After a failure that nobody waits for, a frame under way may take so many times that.
-_DRAIN_FACTOR = 10
+# The last part of that time is for frames in hand only: those that still wait are given up.
+_LAST_SHARE = 0.25
 _POLL_S = 0.05
 # How long the capture may take to notice a stop by itself before its source is closed under it.
 _CLOSE_AFTER_S = 0.3
@@ -228,8 +228,11 @@ class Stages:
             self._deliver(result)
 
     def _wait(self, threads: Sequence[_StageThread], stop_timeout_s: float) -> None:
-        """Waits for all threads; once the run is to end, for a limited time. Raises what the first one raised."""
-        ending_s, is_source_closed, num_delivered = None, False, 0
+        """Waits for all threads; once the run is to end, for a limited time. Raises what the first one raised.
+
+        After a failure, frames that were captured before it come through as long as that time lasts.
+        """
+        ending_s, is_source_closed = None, False
         while any(thread.is_alive() for thread in threads):
             for thread in threads:
                 thread.join(_POLL_S / len(threads))
@@ -242,11 +245,8 @@ class Stages:
                 # A camera that delivers nothing would hold the capture for ever.
                 self._source.close()
                 is_source_closed = True
-            if not self._stop.is_set() and self._meter.num_processed > num_delivered:
-                # Nobody is in a hurry, and what was captured before the failure is still coming through.
-                num_delivered, ending_s = self._meter.num_processed, time.monotonic()
-            elif waited_s > stop_timeout_s * (1 if self._stop.is_set() else _DRAIN_FACTOR):
-                self._give_up_waiting(threads)
+            if waited_s > (1 - _LAST_SHARE) * stop_timeout_s:
+                self._give_up_waiting(threads, _LAST_SHARE * stop_timeout_s)
                 break
         self._meter.left_behind = tuple(thread.name for thread in threads if thread.is_alive())
         failures = sorted((thread for thread in threads if thread.failure), key=lambda thread: thread.failed_ns)
@@ -254,13 +254,17 @@ class Stages:
             raise failures[0].failure
 
     @staticmethod
-    def _give_up_waiting(threads: Sequence[_StageThread]) -> None:
-        """Ends the threads that only wait for one that hangs, so that this one alone is left behind."""
+    def _give_up_waiting(threads: Sequence[_StageThread], limit_s: float) -> None:
+        """Ends the threads that only wait for one that hangs, so that this one alone is left behind.
+
+        Whoever has a frame in hand may finish that one, within the limit.
+        """
+        end_s = time.monotonic() + limit_s
         for thread in threads:
             for channel in (*thread.takes_from, *thread.gives_to):
                 channel.discard()
         for thread in threads:
-            thread.join(_POLL_S / len(threads))
+            thread.join(max(0.0, end_s - time.monotonic()))
 
     def _captured(self, options: StageOptions) -> Iterator[Captured]:
         """Frames with the time of their capture, until the source or the run ends."""
