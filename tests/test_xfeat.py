@@ -432,7 +432,9 @@ def test_subpixel_refinement_finds_the_centre_of_a_blob() -> None:
 def test_subpixel_refinement_stays_within_a_pixel_at_the_border() -> None:
     heat = torch.rand(20, 30, generator=torch.Generator().manual_seed(0))
     points = torch.tensor([[0, 0], [29, 19], [29, 0], [5, 19]])
-    assert (refine_peaks(heat, points) - points).abs().max() <= 1.0
+    refined = refine_peaks(heat, points)
+    assert (refined - points).abs().max() <= 1.0
+    assert (refined >= 0).all() and (refined <= torch.tensor([heat.shape[1] - 1, heat.shape[0] - 1])).all()
 
 
 @needs_weights
