@@ -27,7 +27,7 @@ from benchmark_tables import (
     trajectory_line,
 )
 from endurance_tables import endurance_lines
-from engine_tables import check_lines, engine_lines
+from engine_tables import bound_lines, check_lines, engine_lines
 from matching_tables import matcher_gain_lines, own_weights_lines
 from peer_tables import peer_lines
 from proof_tables import batch_lines, fault_lines, guard_lines, known_pair_lines
@@ -324,6 +324,7 @@ def _gpu(
         return ["## GPU: not yet measured", "", *_gpu_table(missing)]
     lines = ["## GPU", "", *machine_lines(measured), "", *check_lines(checks)]
     lines += [*comparison_lines(results), "", *_reasons(results), *stage_lines(results), "", *stream_lines(results), ""]
+    lines += bound_lines(results)
     lines += [*(line for result in trajectories for line in (trajectory_line(result), "")), *engine_lines(engines)]
     lines += [*_commands(measured), ""]
     return [*lines, "### Not yet measured", "", *_gpu_table(missing)] if missing else lines
