@@ -56,13 +56,13 @@ def test_bounds_stand_beside_what_was_measured() -> None:
     fast = {"mode": "latest", "fps": 60.0, "latency": {"median_ms": 3.9, "p99_ms": 7.2}}
     every = {"mode": "lossless", "fps": 401.0, "latency": {"median_ms": 9.0, "p99_ms": 9.0}}
     compared = {"stage": "match", "peer": "kornia", "ratio": {"median": 9.04}}
-    result = {"extractor": "aliked-t16", "streams": [fast, every], "comparisons": [compared], "engine": ["chosen: this"]}
+    result = {"extractor": "aliked-t16", "streams": [fast, every], "comparisons": [compared], "engine": ["this"]}
     result |= {"load_s": 0.5, "warm_up_s": 28.0, "peak_gpu_bytes": 2**20}
     text = "\n".join(engine_tables.bound_lines([result]))
     assert "| aliked-t16: capture to pose, p50 / p99 | 4 / 7 ms | 3.9 / 7.2 ms | no |" in text
     assert "| aliked-t16: every frame | 400 frames/s | 401 frames/s | yes |" in text
     assert "| aliked-t16: match, against kornia | 8x | 9.0x | yes |" in text
-    assert "start 28 s, GPU memory 1 MiB" in text and "- chosen: this" in text
+    assert "start 28 s, GPU memory 1 MiB" in text and "- this" in text
     assert engine_tables.bound_lines([result | {"extractor": "orb"}]) == []
 
 
