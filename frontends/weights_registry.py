@@ -172,14 +172,14 @@ REGISTRY: tuple[WeightsEntry, ...] = (
     _own(
         "aliked-t16",
         "ALIKED t16, 0.19 M parameters",
-        "4de0af94a0d4ea09e549945155be61acd83064a6af8987fe1e7374c141b7d8a7",
-        777_056,
+        "e0089ed1cac47dfcf795b5fec443aeb0838d9e02e84b7413810b9adec9dc1e6a",
+        777_152,
     ),
     _own(
         "xfeat",
         "XFeat, 0.66 M parameters",
-        "1b05e32e7257d55187a372053e21c3011940284166ca829473c463a4f97426f1",
-        2_650_736,
+        "19baa224911a526d26e9fa9bda5b4c5cadd6c56fb0b277b52536c46f7c12ab61",
+        2_650_832,
     ),
     _lightglue_light(
         "aliked-t16",
