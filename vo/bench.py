@@ -192,8 +192,8 @@ def compare_all(
             comparisons += compare(conditions, frontend, peer, advance)
         except Exception as error:  # noqa: BLE001
             # Somebody else's code may raise anything: what has been measured of ours must not be lost with it.
-            reason = (str(error).splitlines() or [""])[0]
-            not_compared.append(f"{name}: failed ({type(error).__name__}: {reason})")
+            cause = (str(error).splitlines() or [""])[0]
+            not_compared.append(f"{name}: failed ({type(error).__name__}: {cause})")
     return tuple(comparisons), tuple(not_compared)
 
 
