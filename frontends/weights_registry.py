@@ -258,8 +258,8 @@ REGISTRY: tuple[WeightsEntry, ...] = (
         files=(
             KnownFile(
                 "r2d2-small.safetensors",
-                "a6aa7bce1eccb0b7f4d4ba9bee170a7a2a5d11cfe374a14e8b3d43bc714b7dd8",
-                74_774,
+                "66ff94244b497a8abb148fbb11a746d45ccd50665704c214036cd175801aa33a",
+                74_790,
             ),
         ),
         is_ours=True,
