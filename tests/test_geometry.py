@@ -39,6 +39,7 @@ from vo.geometry import (
     rotation_angle,
     sampson_distance,
     skew,
+    solve_symmetric,
     transform,
     translation_scale,
     triangulate,
@@ -768,3 +769,13 @@ def test_rotation_of_a_vector_is_that_of_scipy(direction: tuple[float, float, fl
     """Another implementation of the same formula, at every size of angle."""
     phi = np.array(direction) * 10.0**exponent
     np.testing.assert_allclose(exp_so3(phi), Rotation.from_rotvec(phi).as_matrix(), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 2)])
+def test_a_symmetric_system_against_least_squares(shape: tuple[int, ...]) -> None:
+    generator = np.random.default_rng(0)
+    half, right = generator.normal(size=(5, 5)), generator.normal(size=shape)
+    for H in (half @ half.T + np.eye(5), half[:, :3] @ half[:, :3].T):  # definite, and of rank 3
+        np.testing.assert_allclose(H @ solve_symmetric(H, right), H @ np.linalg.lstsq(H, right)[0], atol=1e-9)
+    # A window whose cameras are all fixed leaves nothing to solve.
+    assert solve_symmetric(np.zeros((0, 0)), np.zeros((0, *shape[1:]))).shape == (0, *shape[1:])

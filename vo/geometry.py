@@ -139,9 +139,13 @@ def orthonormalized(T: FloatArray) -> FloatArray:
 
 
 def solve_symmetric(H: FloatArray, gradient: FloatArray) -> FloatArray:
-    """H^-1 gradient for a symmetric H: by Cholesky, by least squares where it is not positive definite."""
-    _, solution, failed_at = dposv(H, gradient)
-    if failed_at:
+    """H^-1 gradient for a symmetric H: by Cholesky, by least squares where it is hardly positive definite."""
+    if not len(gradient):
+        return np.zeros(gradient.shape)  # all cameras are fixed: only points are refined
+    factor, solution, failed_at = dposv(H, gradient)
+    # Rounding makes pivots out of nothing where a direction is not seen: steps along it would be anything.
+    pivots = factor.diagonal()
+    if failed_at or pivots.min() < 1e-7 * pivots.max():
         solution = np.linalg.lstsq(H, gradient, rcond=None)[0]
     return np.asarray(solution, dtype=np.float64)
 
