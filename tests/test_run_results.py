@@ -108,6 +108,7 @@ def test_refined_poses_that_went_to_the_disk_early_are_the_same(tmp_path: Path) 
         pose = estimate(index, is_keyframe=index % 5 == 0, is_lost=index % 97 in (40, 41))
         for sink in (whole, file):
             sink.add(pose)
+        assert (tmp_path / f".{REFINED_NAME}.unfinished").exists(), "open from the first pose on, not after hours"
         if pose.is_keyframe and pose.T_world_camera is not None:
             keyframes.append(index)
             for sink in (whole, file):

@@ -82,7 +82,12 @@ def _soak_row(soak: Tree) -> tuple[str, ...]:
         f"{soak['samples'][-1]['resident_bytes'] / 1e6:.0f}",
         f"{verdict['spread_percent']:.2f} % ({verdict['momentary_spread_percent']:.2f} %)",
         f"{verdict['growth_percent']:+.2f} %",
-        f"{files[0]}" if files[0] == files[1] else f"{files[0]} to {files[1]}",
-        f"{threads[0]}" if threads[0] == threads[1] else f"{threads[0]} to {threads[1]}",
+        _range(files) + "".join(f"; {count} more `{name}`" for name, count in soak.get("added_files", {}).items()),
+        _range(threads),
         "yes" if verdict["is_flat"] else "**no**",
     )
+
+
+def _range(bounds: Sequence[int]) -> str:
+    low, high = bounds
+    return f"{low}" if low == high else f"{low} to {high}"

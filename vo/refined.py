@@ -94,7 +94,8 @@ class RefinedTrajectory:
 class RefinedFile:
     """Writes the refined trajectory of a run of any length: what can no longer change goes to the disk meanwhile.
 
-    Until `finish` the lines are in a hidden file beside it; a result of an earlier run stays until then.
+    Until `finish` the lines are in a hidden file beside it; a result of an earlier run stays until then. It is open from
+    the first pose on, so that a disk which refuses it does so at once and not after hours.
     """
 
     def __init__(self, output_dir: Path, max_open_keyframes: int = _MAX_OPEN_KEYFRAMES) -> None:
@@ -111,7 +112,9 @@ class RefinedFile:
     def add(self, pose: PoseEstimate) -> None:
         """Takes in a frame, see `RefinedTrajectory.add`. Raises OutputError."""
         self.trajectory.add(pose)
-        self._has_frames = self._has_frames or len(self.trajectory) > 0
+        if not self._has_frames and len(self.trajectory) > 0:
+            self._has_frames = True
+            self._append("")
         if self.trajectory.num_open_keyframes > self._max_open:
             self._append(self.trajectory.settle(self._max_open // 2))
 
