@@ -309,6 +309,23 @@ def test_the_failure_is_raised_though_another_stage_hangs() -> None:
         thread.join(5)
 
 
+def test_a_slow_network_finishes_what_came_before_a_bad_frame() -> None:
+    """Everything works but the input: ten frames in hand take twice as long as a stage may take to end."""
+
+    def slow(frame: Frame, features: Features) -> OdometryStep:
+        time.sleep(0.2)
+        return track(frame, features)
+
+    def fail(index: int) -> None:
+        if index == 10:
+            raise SourceError("another size")
+
+    run = Run(FakeSource(None, fail), track_frame=slow)
+    with pytest.raises(SourceError, match="another size"):
+        run.stages.run(StageOptions(channel_capacity=20, stop_timeout_s=1.0))
+    assert run.indices == list(range(10)) and run.meter.left_behind == ()
+
+
 def test_frames_that_drip_after_a_failure_do_not_hold_the_end_up() -> None:
     """What was captured before a failure comes through for a limited time, however steadily it comes."""
 

@@ -94,8 +94,8 @@ class RefinedTrajectory:
 class RefinedFile:
     """Writes the refined trajectory of a run of any length: what can no longer change goes to the disk meanwhile.
 
-    Until `finish` the lines are in a hidden file beside it; a result of an earlier run stays until then. It is open from
-    the first pose on, so that a disk which refuses it does so at once and not after hours.
+    Until `finish` the lines are in a hidden file beside it; a result of an earlier run stays until then. It is open
+    from the first pose on, so that a disk which refuses it does so at once and not after hours.
     """
 
     def __init__(self, output_dir: Path, max_open_keyframes: int = _MAX_OPEN_KEYFRAMES) -> None:

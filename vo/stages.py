@@ -21,7 +21,7 @@ from vo.match_ahead import MatchAhead
 from vo.odometry import OdometryStep
 from vo.run_meter import RunMeter
 from vo.sources import Source
-from vo.types import Frame
+from vo.types import Frame, SourceError
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -31,6 +31,8 @@ Made = TypeVar("Made")
 STOP_TIMEOUT_S = 1.2
 # The last part of that time is for frames in hand only: those that still wait are given up.
 _LAST_SHARE = 0.25
+# So many times as long where the input alone is bad: everything works, and what is in hand is worth waiting for.
+_INPUT_PATIENCE = 5
 _POLL_S = 0.05
 # How long the capture may take to notice a stop by itself before its source is closed under it.
 _CLOSE_AFTER_S = 0.3
@@ -230,7 +232,8 @@ class Stages:
     def _wait(self, threads: Sequence[_StageThread], stop_timeout_s: float) -> None:
         """Waits for all threads; once the run is to end, for a limited time. Raises what the first one raised.
 
-        After a failure, frames that were captured before it come through as long as that time lasts.
+        After a failure, frames that were captured before it come through as long as that time lasts; some times longer
+        where nothing but the input is bad, since a slow network may have several seconds of them in hand.
         """
         ending_s, is_source_closed = None, False
         while any(thread.is_alive() for thread in threads):
@@ -241,17 +244,24 @@ class Stages:
             if ending_s is None:
                 continue
             waited_s = time.monotonic() - ending_s
+            limit_s = stop_timeout_s * (_INPUT_PATIENCE if self._has_bad_input(threads) else 1)
             if waited_s > _CLOSE_AFTER_S and not is_source_closed:
                 # A camera that delivers nothing would hold the capture for ever.
                 self._source.close()
                 is_source_closed = True
-            if waited_s > (1 - _LAST_SHARE) * stop_timeout_s:
+            if waited_s > (1 - _LAST_SHARE) * limit_s:
                 self._give_up_waiting(threads, _LAST_SHARE * stop_timeout_s)
                 break
         self._meter.left_behind = tuple(thread.name for thread in threads if thread.is_alive())
         failures = sorted((thread for thread in threads if thread.failure), key=lambda thread: thread.failed_ns)
         if failures and failures[0].failure is not None:
             raise failures[0].failure
+
+    def _has_bad_input(self, threads: Sequence[_StageThread]) -> bool:
+        """Whether all that failed is the input: a frame that cannot be used, at which the source ends early."""
+        failed = [thread for thread in threads if thread.failure is not None]
+        is_input = all(thread.name == "capture" and isinstance(thread.failure, SourceError) for thread in failed)
+        return bool(failed) and is_input and not self._stop.is_set()
 
     @staticmethod
     def _give_up_waiting(threads: Sequence[_StageThread], limit_s: float) -> None:
