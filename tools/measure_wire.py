@@ -25,13 +25,13 @@ from pathlib import Path
 # As `vo run` sets it for itself: OpenBLAS' threads spin where they wait, and would take the consumers' processor.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from vo.bench_machine import CpuWatch, read_machine  # noqa: E402
-from vo.config import PublisherConfig  # noqa: E402
-from vo.message_stream import MessageStream  # noqa: E402
-from vo.publisher import Publisher  # noqa: E402
-from vo.types import Camera, FrameTracks, PoseEstimate, TrackingStatus  # noqa: E402
+from vo.bench_machine import CpuWatch, read_machine
+from vo.config import PublisherConfig
+from vo.message_stream import MessageStream
+from vo.publisher import Publisher
+from vo.types import Camera, FrameTracks, PoseEstimate, TrackingStatus
 
 SCHEMA = "lightvo-wire/1"
 NUM_KEEPERS = 3
