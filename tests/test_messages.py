@@ -31,6 +31,7 @@ from wire_samples import (
 )
 
 from vo import wire
+from vo.map_messages import check_pose, check_poses
 from vo.message_types import MAX_IMAGE_BYTES, MAX_KEYFRAMES, MAX_POINTS
 from vo.messages import (
     MAX_REQUEST_BYTES,
@@ -402,6 +403,35 @@ def test_quaternion_agrees_with_scipy() -> None:
         got = quat_xyzw_from_rotation(R)
         assert np.abs(got - expected).max() < 1e-14 or np.abs(got + expected).max() < 1e-14
         assert got[3] >= 0 and abs(np.linalg.norm(got) - 1) < 1e-15
+
+
+def _verdict(check: Any, T: Any) -> str:
+    try:
+        check("T", T)
+    except wire.ProtocolError as error:
+        return str(error)
+    return ""
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 1e-9, 1e-5, 1.0, math.nan, math.inf, -1e39, 1e300]),
+    st.integers(0, 15),
+    st.booleans(),
+)
+def test_one_pose_is_judged_as_many_are(seed: int, change: float, place: int, is_mirrored: bool) -> None:
+    rng = np.random.default_rng(seed)
+    T = np.eye(4)
+    T[:3, :3], T[:3, 3] = Rotation.random(random_state=rng).as_matrix(), rng.normal(size=3)
+    if is_mirrored:
+        T[:3, 0] *= -1
+    T.flat[place] += change
+    verdict = _verdict(check_pose, T)
+    assert verdict == _verdict(check_poses, T[None])
+    is_translation = place in (3, 7, 11)
+    is_small = change == 0.0 or (change == 1e-9 and place < 12) or (change in (1e-5, 1.0) and is_translation)
+    assert (verdict == "") is (is_small and not is_mirrored)
 
 
 def test_numpy_scalars_are_plain_numbers_on_the_wire() -> None:

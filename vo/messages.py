@@ -7,6 +7,7 @@ and its limits, vo/map_messages.py the topics of the map and the image.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from vo import wire
 from vo.map_messages import (
     ArrayMap,
-    check_poses,
+    check_pose,
     decode_image,
     decode_keyframe,
     decode_points,
@@ -93,6 +94,7 @@ __all__ = [
 ]
 
 WORLD_FRAME, CAMERA_FRAME = "world", "camera"
+_TOPICS = {topic.value: topic for topic in Topic}
 HEALTH_FIGURES = ("brightness", "contrast", "sharpness", "clipped")
 
 
@@ -102,17 +104,16 @@ def quat_xyzw_from_rotation(R: FloatArray) -> FloatArray:
     Four times the outer product of the quaternion with itself is linear in R; its row with the largest diagonal
     entry is the quaternion times a number that is never near zero.
     """
-    outer = np.array(
-        [
-            [1 + R[0, 0] - R[1, 1] - R[2, 2], R[1, 0] + R[0, 1], R[2, 0] + R[0, 2], R[2, 1] - R[1, 2]],
-            [R[1, 0] + R[0, 1], 1 - R[0, 0] + R[1, 1] - R[2, 2], R[2, 1] + R[1, 2], R[0, 2] - R[2, 0]],
-            [R[2, 0] + R[0, 2], R[2, 1] + R[1, 2], 1 - R[0, 0] - R[1, 1] + R[2, 2], R[1, 0] - R[0, 1]],
-            [R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1], 1 + R[0, 0] + R[1, 1] + R[2, 2]],
-        ]
+    (a, b, c), (d, e, f), (g, h, i) = R.tolist()
+    rows = (
+        (1 + a - e - i, d + b, g + c, h - f),
+        (d + b, 1 - a + e - i, h + f, c - g),
+        (g + c, h + f, 1 - a - e + i, d - b),
+        (h - f, c - g, d - b, 1 + a + e + i),
     )
-    row = outer[np.argmax(np.diagonal(outer))]
-    quat: FloatArray = row / (np.linalg.norm(row) if row[3] >= 0 else -np.linalg.norm(row))
-    return quat
+    x, y, z, w = max(enumerate(rows), key=lambda row: row[1][row[0]])[1]
+    length = math.sqrt(x * x + y * y + z * z + w * w)
+    return np.array((x, y, z, w)) / (length if w >= 0 else -length)
 
 
 def encode(message: Message) -> bytes:
@@ -135,7 +136,7 @@ def decode(data: bytes | memoryview) -> Message:
     Raises VersionError for another major version, ProtocolError for everything else that is not a valid message.
     """
     name, fields, arrays = wire.unpack(data)
-    topic = next((topic for topic in Topic if topic.value == name), None)
+    topic = _TOPICS.get(name)
     if topic is None:
         raise ProtocolError(f"unknown topic {wire.shown(name)}")
     header = Header(
@@ -329,7 +330,7 @@ def _decode_T_world_camera(arrays: Arrays) -> FloatArray:
     arrays.take("position_xyz", "<f8", (3,))
     arrays.take("quat_xyzw", "<f8", (4,))
     T: FloatArray = arrays.take("T_world_camera", "<f8", (4, 4))
-    check_poses("T_world_camera", T[None])
+    check_pose("T_world_camera", T)
     return T
 
 

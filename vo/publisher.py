@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import zmq
 from zmq.utils import z85
@@ -177,7 +177,7 @@ class Publisher:
 
     def _note_subscriptions(self) -> None:
         """What consumers as a whole subscribe to and no longer do; what matches no topic is forgotten at once."""
-        while self._publisher.poll(0):
+        while cast(int, self._publisher.get(zmq.EVENTS)) & zmq.POLLIN:
             notice = self._publisher.recv(zmq.NOBLOCK)
             prefix = notice[1:]
             if notice[:1] == b"\1" and any(topic.prefix.startswith(prefix) for topic in PUBLISHED_TOPICS):

@@ -76,8 +76,9 @@ class Rejection(Enum):
 
 def _checked(name: str, array: NDArray[Any], shape: tuple[int | None, ...], dtype: type) -> None:
     """Raise ValueError unless `array` has the dtype and shape (None: any length), then make it read-only."""
-    fits = array.ndim == len(shape) and all(
-        want is None or have == want for have, want in zip(array.shape, shape, strict=True)
+    fits = array.shape == shape or (
+        array.ndim == len(shape)
+        and all(want is None or have == want for have, want in zip(array.shape, shape, strict=True))
     )
     if not fits or array.dtype != dtype:
         expected = f"{tuple('*' if n is None else n for n in shape)} {np.dtype(dtype).name}"

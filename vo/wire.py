@@ -9,6 +9,7 @@ is wrong with the bytes of others is a ProtocolError.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from enum import Enum
@@ -32,7 +33,7 @@ MAX_INTEGER = 2**63 - 1
 ALIGNMENT_BYTES = 8
 
 _LENGTH_BYTES = 4
-_DTYPES = frozenset({"<f8", "<f4", "<i8", "<i4", "|u1"})
+_DTYPES = {name: np.dtype(name) for name in ("<f8", "<f4", "<i8", "<i4", "|u1")}
 
 EnumType = TypeVar("EnumType", bound=Enum)
 
@@ -92,10 +93,10 @@ class Fields:
 
     def choice(self, key: str, options: type[EnumType]) -> EnumType:
         value = self._take(key)
-        for option in options:
-            if option.value == value:
-                return option
-        raise ProtocolError(f"{key}: expected {', '.join(o.value for o in options)}, got {shown(value)}")
+        option: EnumType | None = _options(options).get(value) if isinstance(value, str) else None
+        if option is None:
+            raise ProtocolError(f"{key}: expected {', '.join(o.value for o in options)}, got {shown(value)}")
+        return option
 
     def optional_choice(self, key: str, options: type[EnumType]) -> EnumType | None:
         return None if self._take(key) is None else self.choice(key, options)
@@ -112,6 +113,11 @@ class Fields:
         return self._values[key]
 
 
+@functools.cache
+def _options(options: type[EnumType]) -> dict[str, EnumType]:
+    return {option.value: option for option in options}
+
+
 class Arrays:
     """The arrays of a message: read-only views into its bytes."""
 
@@ -126,10 +132,11 @@ class Arrays:
         if name not in self._arrays:
             raise ProtocolError(f"arrays: {name}: missing")
         array = self._arrays[name]
-        fits = array.ndim == len(shape) and all(
-            want is None or have == want for have, want in zip(array.shape, shape, strict=True)
+        fits = array.shape == shape or (
+            array.ndim == len(shape)
+            and all(want is None or have == want for have, want in zip(array.shape, shape, strict=True))
         )
-        if not fits or array.dtype.str != dtype:
+        if not fits or array.dtype != _DTYPES[dtype]:
             expected = tuple("*" if length is None else length for length in shape)
             raise ProtocolError(f"arrays: {name}: expected {expected} {dtype}, got {array.shape} {array.dtype.str}")
         return array
@@ -150,7 +157,7 @@ def pack(topic: str, fields: Mapping[str, object], arrays: Mapping[str, NDArray[
 
 def unpack(data: bytes | memoryview) -> tuple[str, Fields, Arrays]:
     """Topic, header and arrays of a message. Raises VersionError for another version, ProtocolError otherwise."""
-    view = memoryview(data).cast("B")
+    view = memoryview(data).cast("B").toreadonly()
     if view.nbytes > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"message of {view.nbytes} bytes is above {MAX_MESSAGE_BYTES}")
     start = bytes(view[: MAX_TOPIC_BYTES + 1])
@@ -233,36 +240,37 @@ def _unique(pairs: list[tuple[object, object]]) -> dict[object, object]:
 def _unpack_arrays(payload: memoryview, layout: Mapping[str, object]) -> Arrays:
     """The arrays behind the header, which must fill it without a gap or a rest."""
     arrays: dict[str, NDArray[Any]] = {}
-    end = 0
+    end, num_bytes = 0, payload.nbytes
     for name, entry in layout.items():
-        dtype, shape, offset = _checked_entry(name, entry)
+        dtype, shape, offset, size_bytes = _checked_entry(name, entry)
         if offset != _aligned(end):
             raise ProtocolError(f"arrays: {shown(name)}: expected offset {_aligned(end)}, got {shown(offset)}")
-        num_elements = math.prod(shape)
-        end = offset + num_elements * np.dtype(dtype).itemsize
-        if end > payload.nbytes:
-            raise ProtocolError(f"arrays: {shown(name)} ends at {end} of {payload.nbytes} bytes")
-        array = np.frombuffer(payload[offset:end], dtype).reshape(shape)
-        array.setflags(write=False)
-        arrays[name] = array
-    if end != payload.nbytes:
-        raise ProtocolError(f"{payload.nbytes - end} bytes behind the last array")
+        end = offset + size_bytes
+        if end > num_bytes:
+            raise ProtocolError(f"arrays: {shown(name)} ends at {end} of {num_bytes} bytes")
+        arrays[name] = np.ndarray(shape, dtype, payload, offset)
+    if end != num_bytes:
+        raise ProtocolError(f"{num_bytes - end} bytes behind the last array")
     return Arrays(arrays)
 
 
-def _checked_entry(name: str, entry: object) -> tuple[str, tuple[int, ...], int]:
-    """dtype, shape and offset of an array; also the shape of an empty one must be within the limits."""
+def _checked_entry(name: str, entry: object) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+    """dtype, shape, offset and bytes of an array; also the shape of an empty one must be within the limits."""
     if not (isinstance(entry, tuple) and len(entry) == 3):
         raise ProtocolError(f"arrays: {shown(name)}: expected [dtype, shape, offset], got {shown(entry)}")
     dtype, shape, offset = entry
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ProtocolError(f"arrays: {shown(name)}: unknown dtype {shown(dtype)}")
-    if not (
-        isinstance(shape, tuple) and len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)
-    ):
+    if not (isinstance(shape, tuple) and len(shape) <= MAX_DIMENSIONS):
         raise ProtocolError(f"arrays: {shown(name)}: bad shape {shown(shape)}")
-    if math.prod(max(1, length) for length in shape) > MAX_MESSAGE_BYTES:
+    num_elements = num_at_least = 1
+    for length in shape:  # plain loops: every array of every message comes through here
+        if type(length) is not int or length < 0:
+            raise ProtocolError(f"arrays: {shown(name)}: bad shape {shown(shape)}")
+        num_elements *= length
+        num_at_least *= length or 1
+    if num_at_least > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"arrays: {shown(name)}: shape {shown(shape)} is above {MAX_MESSAGE_BYTES} bytes")
     if type(offset) is not int:
         raise ProtocolError(f"arrays: {shown(name)}: bad offset {shown(offset)}")
-    return dtype, shape, offset
+    return _DTYPES[dtype], shape, offset, num_elements * _DTYPES[dtype].itemsize
