@@ -2,10 +2,11 @@
 
     python tools/measure_wire.py --seconds 60 --json benchmarks/wire.json
 
-Three consumers keep up, one is stopped (SIGSTOP) in the middle and goes on later, one disconnects and comes back; at
-the end the publisher is started anew. Prints figures and whether they are within the limits as JSON; exits with 1 if
-not. `step_ms` is a frame of a stand-in for tracking (a least-squares problem of a few ms) with its publication. Such
-times mean something only on a machine that has nothing else to do.
+Three consumers keep up, and one more is stopped (SIGSTOP) in the middle and goes on later; that is the part whose times
+count. Then another one asks for everything from the first pose on, disconnects and comes back, and at the end the
+publisher is started anew. Prints figures and whether they are within the limits as JSON; exits with 1 if not. `step_ms`
+is a frame of a stand-in for tracking (a least-squares problem of a few ms) with its publication. Such times mean
+something only on a machine that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ NUM_KEEPERS = 3
 MAX_LATENCY_MS = 3.0
 MAX_STUCK_RATIO = 1.05
 MAX_REJOIN_S = 1.0
+REJOIN_S = 2.0
 SECOND_SESSION_S = 1.0
 CURRENT_AGE_NS = 100_000_000
 CAMERA = Camera(640, 480, np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]]))
@@ -46,7 +48,7 @@ CONSUMER = Path(__file__).parent / "wire_consumer.py"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One measurement; times in s from the first frame."""
+    """One measurement; times in s from the first frame. `REJOIN_S` of frames follow for the one that comes back."""
 
     seconds: float
     rate_hz: float
@@ -62,8 +64,9 @@ class Plan:
         return self.stop_at_s + self.stopped_s
 
     @property
-    def rejoin_at_s(self) -> float:
-        return self.seconds * 0.1
+    def num_frames(self) -> int:
+        """Frames whose times count."""
+        return round(self.seconds * self.rate_hz)
 
 
 @dataclass(slots=True)
@@ -142,7 +145,8 @@ def measure(plan: Plan) -> dict:  # type: ignore[type-arg]
     try:
         for consumer in everybody:
             consumer.wait_until_ready()
-        timing = _publish_frames(publisher, plan, stopped, rejoiner)
+        timing = _publish_frames(publisher, plan, stopped)
+        _publish_for_rejoiner(publisher, plan, rejoiner)
         num_frames = publisher.stream.num_sent  # type: ignore[attr-defined]
         publisher.close()
         restarted_ns = time.time_ns()
@@ -155,15 +159,13 @@ def measure(plan: Plan) -> dict:  # type: ignore[type-arg]
     return _summary(plan, counts, timing, reports, restarted_ns)
 
 
-def _publish_frames(publisher: Publisher, plan: Plan, stopped: Consumer, rejoiner: Consumer) -> Timing:
-    """The first session: frames at their times, and what happens to the consumers meanwhile."""
-    timing, tracks, stream = Timing(), _tracks(plan.num_tracks), publisher.stream
-    if not isinstance(stream, MessageStream):
-        raise TypeError("the publisher of a run has a stream of its own")
+def _publish_frames(publisher: Publisher, plan: Plan, stopped: Consumer) -> Timing:
+    """The first session: frames at their times, and one consumer stopped meanwhile."""
+    timing, tracks, stream = Timing(), _tracks(plan.num_tracks), _stream_of(publisher)
     problem = np.random.default_rng(1).normal(size=(1200, 60))
-    is_stopped, has_rejoined = False, False
+    is_stopped = False
     start_s = time.monotonic()
-    for index in range(round(plan.seconds * plan.rate_hz)):
+    for index in range(plan.num_frames):
         now_s = index / plan.rate_hz
         time.sleep(max(0.0, start_s + now_s - time.monotonic()))
         if not is_stopped and plan.stop_at_s <= now_s < plan.go_on_at_s:
@@ -173,9 +175,6 @@ def _publish_frames(publisher: Publisher, plan: Plan, stopped: Consumer, rejoine
             timing.went_on_ns = time.time_ns()
             stopped.process.send_signal(signal.SIGCONT)
             is_stopped = False
-        if not has_rejoined and now_s >= plan.go_on_at_s + plan.rejoin_at_s:
-            rejoiner.say("rejoin")
-            has_rejoined = True
         step_start_s = time.perf_counter()
         np.linalg.lstsq(problem, problem[:, 0], rcond=None)
         publish_start_s = time.perf_counter()
@@ -188,6 +187,26 @@ def _publish_frames(publisher: Publisher, plan: Plan, stopped: Consumer, rejoine
     if is_stopped:
         stopped.process.send_signal(signal.SIGCONT)
     return timing
+
+
+def _publish_for_rejoiner(publisher: Publisher, plan: Plan, rejoiner: Consumer) -> None:
+    """More frames: a consumer joins, and leaves and comes back when half of them are out."""
+    tracks, stream = _tracks(plan.num_tracks), _stream_of(publisher)
+    num_frames = round(REJOIN_S * plan.rate_hz)
+    for count in range(num_frames):
+        if count in (0, num_frames // 2):
+            rejoiner.say("rejoin" if count else "join")
+        index = plan.num_frames + count
+        stream.publish_pose(_pose(index))
+        stream.publish_tracks(dataclasses.replace(tracks, frame_index=index, timestamp_ns=index * 16_666_667))
+        stream.publish_status(fps=plan.rate_hz, num_frames=index + 1)
+        time.sleep(1 / plan.rate_hz)
+
+
+def _stream_of(publisher: Publisher) -> MessageStream:
+    if not isinstance(publisher.stream, MessageStream):
+        raise TypeError("the publisher of a run has a stream of its own")
+    return publisher.stream
 
 
 def _publish_second_session(config: PublisherConfig, plan: Plan) -> None:
@@ -217,7 +236,9 @@ def _tracks(num_tracks: int) -> FrameTracks:
 def _summary(plan: Plan, counts: dict[str, int], timing: Timing, reports: list[dict], restarted_ns: int) -> dict:  # type: ignore[type-arg]
     *keepers, stopped, rejoiner = reports
     latency_ms = {
-        topic: _percentiles(np.concatenate([report["topics"][topic]["ages_ns"] for report in keepers]) * 1e-6)
+        topic: _percentiles(
+            np.concatenate([report["topics"][topic]["ages_ns"][: plan.num_frames] for report in keepers]) * 1e-6
+        )
         for topic in ("pose", "tracks")
     }
     publish_ms, step_ms = _compared(timing.publish_ms), _compared(timing.step_ms)

@@ -1,7 +1,8 @@
 """A consumer in a process of its own, for tools/measure_wire.py: notes what comes, when, and how old it is.
 
-Reads commands from stdin, one per line: `rejoin` closes the connection and opens it anew. Ends when the second session
-is over, and prints what it has seen as one JSON object.
+With `live` it connects at once; with `catch_up` it waits for `join` on stdin and asks for all poses from the first one
+on, and `rejoin` closes the connection and opens it anew. Ends when the second session is over, and prints what it has
+seen as one JSON object.
 """
 
 from __future__ import annotations
@@ -46,11 +47,15 @@ class Notes:
 def main() -> None:
     endpoint, catches_up = sys.argv[1], sys.argv[2] == "catch_up"
     notes, rejoins_s = Notes(), []
+    if catches_up:
+        print("ready", flush=True)
+        sys.stdin.readline()
     client = _connected(endpoint, catches_up)
     deadline_s = time.monotonic() + PATIENCE_S
     while client.inbox.last_heard_s is None and time.monotonic() < deadline_s:
         client.receive(POLL_S)
-    print("ready", flush=True)
+    if not catches_up:
+        print("ready", flush=True)
     while time.monotonic() < deadline_s and not (len(notes.sessions) > 1 and client.inbox.is_complete):
         message = client.receive(POLL_S)
         now_ns = time.time_ns()
