@@ -12,20 +12,16 @@ every half minute, --resume goes on where a training was cut off.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import os
 import pickle
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import FrameType
 
 import cv2
 import numpy as np
@@ -41,7 +37,7 @@ from frontends.training.homographic_pairs import TrainingPair, WarpConfig, homog
 from frontends.training.photos import TrainingError
 from frontends.training.repeatability import peakiness_loss, similarity_loss
 from frontends.training.samplers import DenseMaps, near_far_rows
-from frontends.training.trainer import local_device
+from frontends.training.trainer import calls_on_signals, local_device
 
 _NUM_HELD_OUT = 16
 _REPORT_S = 10.0
@@ -271,22 +267,9 @@ class Training:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise TrainingError(f"{path}: not a checkpoint of this training: {reason}; remove it") from error
 
-    @contextlib.contextmanager
-    def stops_on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the training after the step in progress."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.is_stopped = True
-
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def stop(self) -> None:
+        """Ends the training after the step in progress."""
+        self.is_stopped = True
 
 
 def train(
@@ -309,7 +292,7 @@ def train(
     if resumes and checkpoint_file is not None and checkpoint_file.is_file():
         training.resume(checkpoint_file, config)
     worked_s = time.process_time()
-    with training.stops_on_signals():
+    with calls_on_signals(training.stop):
         _make_steps(training, config, photos, checkpoint_file)
     worked_s = time.process_time() - worked_s
     print(f"{training.step} steps, {worked_s:.0f} s of processor time", file=sys.stderr)

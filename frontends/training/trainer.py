@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -192,7 +192,7 @@ class Trainer:
         if self.step == 0:
             self._validate()
         window: list[dict[str, float]] = []
-        with self._stops_on_signals():
+        with calls_on_signals(self._stop.set):
             while self._goes_on(until_step):
                 share, rate = self.share, self._learning_rate()
                 window.append(self._train_step(share, rate))
@@ -368,21 +368,23 @@ class Trainer:
         if self.place.is_first:
             _drop_lines_after(self.directory / LOG, self.step)
 
-    @contextlib.contextmanager
-    def _stops_on_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._stop.set()
+@contextlib.contextmanager
+def calls_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `stop` instead of breaking in; only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def mixed_seed(*numbers: int) -> int:
