@@ -306,6 +306,9 @@ class Odometry:
         """Poses a frame against the landmarks its tracks carry: from the last motion, else from two-view geometry."""
         self._extend(view, previous, matches.indices)
         posed: Posed | Rejection | None = self._poser.by_prior(view, previous, matches, self._last_motion)
+        if posed is None and self._status is TrackingStatus.LOST:
+            # It has been looked for from here before: two views that hardly overlap take longest to say so.
+            return self._recover(view, matches, Rejection.TOO_FEW_INLIERS)
         if posed is None:
             motion = self._poser.relative_motion(view, previous, matches)
             self._extend(view, previous, motion.pairs)
