@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from frontends import nearest
 from frontends.base import Features, Matcher, Matches
 from frontends.nearest import Nearest, NearestConfig
 
@@ -53,6 +54,20 @@ def opencv_pairs(
 
 def pairs(matches: Matches) -> list[tuple[int, int]]:
     return [(int(i), int(j)) for i, j in matches.indices]
+
+
+@pytest.mark.parametrize("has_fast_int8", [True, False])
+def test_every_processor_counts_the_same_bits(monkeypatch: pytest.MonkeyPatch, has_fast_int8: bool) -> None:
+    monkeypatch.setattr(nearest, "_has_fast_int8", lambda: has_fast_int8)
+    rng = np.random.default_rng(5)
+    codes = rng.integers(0, 256, (203, 32), dtype=np.uint8)
+    others = flipped_bits(rng, codes, 0.1)[:150]
+    assert nearest.signs(torch.from_numpy(codes)).dtype is (torch.int8 if has_fast_int8 else torch.float32)
+    found = Nearest(NearestConfig(max_ratio=0.9)).match(features(codes), features(others))
+    assert len(found) > 100
+    differing = np.unpackbits(codes[found.indices[:, 0]] ^ others[found.indices[:, 1]], axis=1).sum(axis=1)
+    np.testing.assert_array_equal(found.scores, (1 - differing / 256).astype(np.float32))
+    assert pairs(Nearest().match(features(codes), features(others))) == opencv_pairs(codes, others, cv2.NORM_HAMMING)
 
 
 def test_is_a_matcher() -> None:

@@ -427,8 +427,7 @@ def _comparable(features: Features) -> torch.Tensor:
     descriptors = features.descriptors[: features.num_valid]
     if descriptors.dtype != torch.uint8:
         return descriptors
-    bits = (descriptors[:, :, None] >> torch.arange(8, device=descriptors.device)) & 1
-    return bits.reshape(len(bits), -1).float() * 2 - 1
+    return torch.from_numpy(np.unpackbits(descriptors.cpu().numpy(), axis=1)).float().mul_(2).sub_(1)
 
 
 def _inverse_depths(view: View, rows: IntArray) -> FloatArray:
