@@ -19,6 +19,7 @@ LAYERS = (
         "vo.config",
         "vo.geometry",
         "vo.absolute_pose",
+        "vo.relative_pose",
         "vo.output",
         "vo.channel",
         "vo.wire",
@@ -63,6 +64,8 @@ LAYERS = (
         "vo.scale",
         "vo.scale_source",
         "vo.posing",
+        "vo.depth_chain",
+        "vo.pair_poses",
         "vo.inbox",
         "vo.message_stream",
         "vo.preview",
@@ -76,6 +79,8 @@ LAYERS = (
     {
         "vo.live_map",
         "vo.odometry",
+        "vo.two_view_odometry",
+        "vo.modes",
         "vo.archive",
         "vo.publisher",
         "vo.client",
@@ -143,7 +148,7 @@ ONLY_IMPORTERS = {
 
 MAX_LINES = 520
 # Longer than they should be; these may shrink, not grow.
-LONG_FILES = {"vo/geometry.py": 560}
+LONG_FILES: dict[str, int] = {}
 
 
 def layer_of(module: str) -> int:

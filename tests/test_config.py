@@ -196,7 +196,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         load_config(write(tmp_path, "pipeline: {treaded: true}"))
     with pytest.raises(ConfigError, match=r"^mine\.yaml: pipeline\.channel_capacity: 9 is above 8$"):
         load_config(write(tmp_path, "pipeline: {channel_capacity: 9}"))
-    with pytest.raises(ConfigError, match=r"^mine\.yaml: two_view\.method: 'x' is not one of usac_magsac"):
+    with pytest.raises(ConfigError, match=r"^mine\.yaml: two_view\.method: 'x' is not one of usac_fast"):
         load_config(write(tmp_path, "two_view: {method: x}"))
 
 

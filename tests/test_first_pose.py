@@ -6,19 +6,8 @@ import numpy as np
 import pytest
 
 from vo.config import TwoViewConfig
-from vo.geometry import (
-    _differ,
-    _finished,
-    _planar_motions,
-    estimate_first_pose,
-    estimate_relative_pose,
-    exp_se3,
-    exp_so3,
-    log_so3,
-    make_pose,
-    parallax,
-    reproject,
-)
+from vo.geometry import exp_se3, exp_so3, log_so3, make_pose, parallax, reproject
+from vo.relative_pose import _differ, _finished, _planar_motions, estimate_first_pose, estimate_relative_pose
 from vo.types import FloatArray, Rejection, RelativePose
 
 FOCAL_PX = 500.0

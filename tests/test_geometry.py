@@ -9,6 +9,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.linalg import expm
 from scipy.optimize import least_squares, minimize
 from scipy.spatial.transform import Rotation
+from two_view_scene import FOCAL_PX, scene
 
 from vo.absolute_pose import (
     AbsolutePose,
@@ -18,10 +19,8 @@ from vo.absolute_pose import (
     median,
     refine_absolute_pose,
 )
-from vo.config import TwoViewConfig
 from vo.geometry import (
     essential_matrix,
-    estimate_relative_pose,
     exp_se3,
     exp_so3,
     fit_rotation,
@@ -33,7 +32,6 @@ from vo.geometry import (
     parallax,
     project,
     ray_depths,
-    refine_relative_pose,
     reproject,
     reproject_each,
     rotation_angle,
@@ -45,31 +43,10 @@ from vo.geometry import (
     triangulate,
     undistort,
 )
-from vo.types import Camera, CameraModel, Rejection, RelativePose
+from vo.types import Camera, CameraModel, Rejection
 
-FOCAL_PX = 700.0
 K = np.array([[700.0, 0.0, 319.5], [0.0, 690.0, 241.0], [0.0, 0.0, 1.0]])
 twists = arrays(np.float64, 6, elements=st.floats(-1.5, 1.5))
-CONFIG = TwoViewConfig()
-
-
-def scene(seed: int = 0, num_points: int = 500, noise_px: float = 0.0):
-    """A forward motion with a turn: T_camera0_camera1, points in camera 0, rays in both cameras."""
-    rng = np.random.default_rng(seed)
-    points = rng.uniform([-8, -3, 4], [8, 3, 30], (num_points, 3))
-    T = exp_se3(np.array([0.15, -0.05, 1.0, 0.01, 0.04, -0.01]))
-    moved = transform(invert_pose(T), points)
-    rays0, rays1 = points[:, :2] / points[:, 2:], moved[:, :2] / moved[:, 2:]
-    noise = rng.normal(0, noise_px / FOCAL_PX, (2, num_points, 2))
-    return T, points, rays0 + noise[0], rays1 + noise[1]
-
-
-def pose_error(estimate, truth):
-    """Rotation error and angle between the translations, both in degrees."""
-    rotation = np.rad2deg(rotation_angle(estimate[:3, :3].T @ truth[:3, :3]))
-    a, b = estimate[:3, 3], truth[:3, 3]
-    direction = np.arctan2(np.linalg.norm(np.cross(a, b)), a @ b)
-    return rotation, np.rad2deg(direction)
 
 
 @settings(deadline=None, max_examples=60)
@@ -156,98 +133,6 @@ def test_sampson_distance_is_the_distance_to_the_constraint_to_first_order():
         assert abs(sampson_distance(E, pushed[row : row + 1], rays1[row : row + 1])[0]) == pytest.approx(
             exact, rel=0.02
         )
-
-
-@pytest.mark.parametrize("method", ["usac_magsac", "usac_accurate", "ransac"])
-def test_relative_pose_is_camera1_in_camera0(method):
-    T, _, rays0, rays1 = scene()
-    relative = estimate_relative_pose(rays0, rays1, FOCAL_PX, TwoViewConfig(method=method))
-    assert isinstance(relative, RelativePose)
-    expected = make_pose(T[:3, :3], T[:3, 3] / np.linalg.norm(T[:3, 3]))
-    np.testing.assert_allclose(relative.T_camera0_camera1, expected, atol=1e-6)
-    assert relative.inliers.all()
-    assert not relative.is_metric
-
-
-def test_relative_pose_survives_outliers_and_marks_them():
-    T, _, rays0, rays1 = scene(noise_px=0.3)
-    rng = np.random.default_rng(2)
-    wrong = rng.random(len(rays1)) < 0.4
-    rays1[wrong] += rng.normal(0, 60 / FOCAL_PX, (wrong.sum(), 2))
-    relative = estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG)
-    assert isinstance(relative, RelativePose)
-    rotation, direction = pose_error(relative.T_camera0_camera1, T)
-    assert rotation < 0.05
-    assert direction < 0.5
-    assert relative.inliers[~wrong].mean() > 0.97
-    assert relative.inliers[wrong].mean() < 0.15
-
-
-def test_relative_pose_is_no_worse_than_recover_pose():
-    errors = []
-    for seed in range(8):
-        T, _, rays0, rays1 = scene(seed, 300, noise_px=0.5)
-        relative = estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG)
-        E, mask = cv2.findEssentialMat(rays1, rays0, np.eye(3), cv2.USAC_MAGSAC, 0.999, 1 / FOCAL_PX)
-        _, R, t, _ = cv2.recoverPose(E, rays1, rays0, np.eye(3), mask=mask)
-        errors.append((pose_error(relative.T_camera0_camera1, T), pose_error(make_pose(R, t[:, 0]), T)))
-    ours, theirs = np.median(np.array(errors), axis=0)
-    assert (ours <= theirs * 1.05).all()
-
-
-def test_same_matches_give_the_same_pose():
-    _, _, rays0, rays1 = scene(noise_px=0.5)
-    first, second = (estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG) for _ in range(2))
-    np.testing.assert_array_equal(first.T_camera0_camera1, second.T_camera0_camera1)
-
-
-def test_every_way_to_fail_has_its_value():
-    _, _, rays0, rays1 = scene()
-    rng = np.random.default_rng(0)
-    noise = rng.normal(0, 0.1 / FOCAL_PX, rays0.shape)
-    turned = homogeneous(rays0) @ exp_so3(np.array([0.02, 0.05, 0.01]))
-    scrambled = rng.uniform(-0.4, 0.4, rays0.shape)
-    assert estimate_relative_pose(rays0[:10], rays1[:10], FOCAL_PX, CONFIG) is Rejection.TOO_FEW_MATCHES
-    assert estimate_relative_pose(rays0, rays0 + noise, FOCAL_PX, CONFIG) is Rejection.LOW_PARALLAX
-    pure = turned[:, :2] / turned[:, 2:] + noise
-    assert estimate_relative_pose(rays0, pure, FOCAL_PX, CONFIG) is Rejection.PURE_ROTATION
-    strict = TwoViewConfig(min_inliers=400, threshold_px=0.3)
-    assert estimate_relative_pose(rays0, scrambled, FOCAL_PX, strict) is Rejection.TOO_FEW_INLIERS
-    same = np.zeros((50, 2))
-    assert isinstance(estimate_relative_pose(same, same, FOCAL_PX, CONFIG), Rejection)
-
-
-def test_refined_relative_pose_is_scipys_minimum():
-    T, _, rays0, rays1 = scene(noise_px=0.5)
-    scale = 1.0 / FOCAL_PX
-    refined, _ = refine_relative_pose(T, rays0, rays1, scale, 50)
-
-    def residual(p):
-        t = T[:3, 3] + p[:3]
-        candidate = make_pose(T[:3, :3] @ exp_so3(p[3:]), t / np.linalg.norm(t))
-        return sampson_distance(essential_matrix(candidate), rays0, rays1) / scale
-
-    def geman_mcclure(z):
-        return np.stack([z / (1 + z), 1 / (1 + z) ** 2, -2 / (1 + z) ** 3])
-
-    best = least_squares(residual, np.zeros(6), loss=geman_mcclure, x_scale=0.01, xtol=1e-14, ftol=1e-14, gtol=1e-14)
-    squared = (sampson_distance(essential_matrix(refined), rays0, rays1) / scale) ** 2
-    ours = (squared / (1 + squared)).sum() / 2
-    assert ours == pytest.approx(best.cost, rel=1e-8)
-
-
-def test_covariance_of_the_relative_pose_matches_monte_carlo():
-    errors, predicted = [], []
-    for seed in range(150):
-        T, _, rays0, rays1 = scene(0)
-        noise = np.random.default_rng(100 + seed).normal(0, 0.4 / FOCAL_PX, (2, *rays0.shape))
-        truth = make_pose(T[:3, :3], T[:3, 3] / np.linalg.norm(T[:3, 3]))
-        refined, covariance = refine_relative_pose(truth, rays0 + noise[0], rays1 + noise[1], 10 / FOCAL_PX)
-        errors.append(log_se3(invert_pose(truth) @ refined))
-        predicted.append(np.diag(covariance))
-    ratio = np.sqrt(np.mean(predicted, axis=0) / np.var(errors, axis=0))
-    assert (ratio[[0, 1, 3, 4, 5]] > 0.8).all()
-    assert (ratio[[0, 1, 3, 4, 5]] < 1.25).all()
 
 
 def test_fit_rotation_ignores_outliers():
@@ -479,95 +364,6 @@ def test_each_point_with_its_own_pose():
     assert np.isfinite(flat).all() and np.abs(flat).min() > 1e6 and flat_depth[0] == 0.0
 
 
-def test_of_several_essential_matrices_the_one_with_most_inliers_is_taken(monkeypatch):
-    T, _, rays0, rays1 = scene(noise_px=0.1)
-    right, wrong = essential_matrix(T), essential_matrix(exp_se3(np.array([1.0, 0.3, -0.2, 0.2, 0.0, 0.1])))
-    expected = make_pose(T[:3, :3], T[:3, 3] / np.linalg.norm(T[:3, 3]))
-    for stacked in ([right, wrong], [wrong, right], [wrong, right, wrong]):
-        answer = np.concatenate(stacked)
-        monkeypatch.setattr(cv2, "findEssentialMat", lambda *_, a=answer, **__: (a, None))
-        relative = estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG)
-        assert isinstance(relative, RelativePose)
-        np.testing.assert_allclose(relative.T_camera0_camera1, expected, atol=2e-3)
-    for nothing in (None, np.zeros((2, 3)), np.full((3, 3), np.nan)):
-        monkeypatch.setattr(cv2, "findEssentialMat", lambda *_, a=nothing, **__: (a, None))
-        assert estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG) is Rejection.DEGENERATE
-
-
-def test_the_settings_reach_the_estimator(monkeypatch):
-    _, _, rays0, rays1 = scene()
-    asked = {}
-
-    def find(points0, points1, K, **settings):
-        asked.update(settings, points0=points0, points1=points1, K=K)
-        return None, None
-
-    monkeypatch.setattr(cv2, "findEssentialMat", find)
-    config = TwoViewConfig(method="ransac", threshold_px=1.4, confidence=0.99, max_iterations=77)
-    estimate_relative_pose(rays0, rays1, FOCAL_PX, config)
-    assert (asked["method"], asked["prob"], asked["maxIters"]) == (cv2.RANSAC, 0.99, 77)
-    assert asked["threshold"] == pytest.approx(1.4 / FOCAL_PX)
-    # Given (1, 0), OpenCV's matrix has the order of ours.
-    np.testing.assert_array_equal(asked["points0"], rays1)
-    np.testing.assert_array_equal(asked["points1"], rays0)
-    np.testing.assert_array_equal(asked["K"], np.eye(3))
-
-
-def test_as_many_matches_as_needed_are_enough_and_one_fewer_is_not():
-    _, _, rays0, rays1 = scene()
-    config = TwoViewConfig(min_inliers=20)
-    assert isinstance(estimate_relative_pose(rays0[:20], rays1[:20], FOCAL_PX, config), RelativePose)
-    assert estimate_relative_pose(rays0[:19], rays1[:19], FOCAL_PX, config) is Rejection.TOO_FEW_MATCHES
-
-
-def test_points_behind_the_cameras_are_degenerate():
-    T, points, _, _ = scene()
-    # Half of the points behind both cameras: their rays fit the epipolar lines, but no camera sees them.
-    points[::2] *= -1.0
-    moved = transform(invert_pose(T), points)
-    rays0, rays1 = points[:, :2] / points[:, 2:], moved[:, :2] / moved[:, 2:]
-    assert estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG) is Rejection.DEGENERATE
-    points[2::4] *= -1.0
-    moved = transform(invert_pose(T), points)
-    rays0, rays1 = points[:, :2] / points[:, 2:], moved[:, :2] / moved[:, 2:]
-    assert isinstance(estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG), RelativePose)
-
-
-def test_inliers_and_parallax_of_a_relative_pose_are_their_definitions():
-    _, _, rays0, rays1 = scene(noise_px=0.4)
-    rays1[:100] += np.random.default_rng(0).normal(0, 20 / FOCAL_PX, (100, 2))
-    relative = estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG)
-    E = essential_matrix(relative.T_camera0_camera1)
-    expected = np.abs(sampson_distance(E, rays0, rays1)) * FOCAL_PX < CONFIG.threshold_px
-    np.testing.assert_array_equal(relative.inliers, expected)
-    R = relative.T_camera0_camera1[:3, :3]
-    assert relative.parallax_rad == np.median(parallax(rays0[expected], rays1[expected], R))
-
-
-def test_covariance_of_the_relative_pose_is_its_definition_for_few_matches():
-    """Against numeric derivatives: sum of weighted squares over what the matches have more than the five unknowns."""
-    for num_matches in (6, 9):
-        T, _, rays0, rays1 = scene(4, num_matches, noise_px=0.7)
-        scale = 3.0 / FOCAL_PX
-        refined, covariance = refine_relative_pose(T, rays0, rays1, scale, 60)
-        R, t = refined[:3, :3], refined[:3, 3]
-        assert np.linalg.norm(t) == pytest.approx(1.0)
-        basis = np.linalg.svd((R.T @ t)[:, None])[0][:, 1:]
-        generators = np.zeros((5, 6))
-        generators[:2, :3], generators[2:, 3:] = basis.T, np.eye(3)
-
-        def distances(xi, refined=refined, rays0=rays0, rays1=rays1):
-            return sampson_distance(essential_matrix(refined @ exp_se3(xi)), rays0, rays1)
-
-        columns = [(distances(1e-6 * g) - distances(-1e-6 * g)) / 2e-6 for g in generators]
-        # A step along the sphere changes no length; what the flat step adds to it is of second order.
-        jacobian, residual = np.stack(columns, axis=1), distances(np.zeros(6))
-        weights = 1 / (1 + (residual / scale) ** 2) ** 2
-        variance = (weights * residual**2).sum() / max(weights.sum() - 5, 1)
-        reduced = np.linalg.pinv(jacobian.T @ (jacobian * weights[:, None])) * variance
-        np.testing.assert_allclose(covariance, generators.T @ reduced @ generators, rtol=1e-3, atol=1e-12)
-
-
 def test_fit_rotation_without_outliers_is_kabsch():
     rng = np.random.default_rng(2)
     rays1 = rng.uniform(-0.5, 0.5, (60, 2))
@@ -581,20 +377,6 @@ def test_fit_rotation_without_outliers_is_kabsch():
     distances = np.linalg.norm(x0 - x1 @ R.T, axis=1)
     again, _ = Rotation.align_vectors(x0, x1, weights=1 / (1 + (distances / 1e-3) ** 2))
     np.testing.assert_allclose(R, again.as_matrix(), atol=1e-7)
-
-
-def test_a_rotation_is_told_from_a_small_translation():
-    rng = np.random.default_rng(0)
-    points = rng.uniform([-8, -3, 4], [8, 3, 30], (400, 3))
-    R = exp_so3(np.array([0.02, 0.05, 0.01]))
-    found = []
-    for length in (0.0, 0.001, 1.0):
-        moved = transform(invert_pose(make_pose(R, np.array([length, 0.0, 0.0]))), points)
-        noise = rng.normal(0, 0.1 / FOCAL_PX, (400, 2))
-        rays0, rays1 = points[:, :2] / points[:, 2:], moved[:, :2] / moved[:, 2:] + noise
-        found.append(estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG))
-    assert found[:2] == [Rejection.PURE_ROTATION] * 2
-    assert isinstance(found[2], RelativePose)
 
 
 def test_refined_absolute_pose_is_scipys_minimum_with_outliers():
@@ -709,39 +491,6 @@ def test_nothing_depends_on_the_unit_of_length(unit):
     assert scale == pytest.approx(reference, rel=1e-6)
     midway = [triangulate(np.eye(4), pose, rays0, rays1)[0] for pose in (small, T)]
     np.testing.assert_allclose(midway[0], midway[1] * unit, rtol=1e-6)
-
-
-@pytest.mark.parametrize(("flow_px", "is_rotation"), [(1.2, True), (2.0, False)])
-def test_the_gate_of_a_pure_rotation(flow_px, is_rotation):
-    """Straight ahead towards a ring of points: each moves outwards by the same, which no rotation explains."""
-    rng = np.random.default_rng(0)
-    turns = rng.uniform(0, 2 * np.pi, 300)
-    rays0 = 0.3 * np.stack([np.cos(turns), np.sin(turns)], axis=1)
-    rays1 = rays0 * (1 + flow_px / FOCAL_PX / 0.3)
-    angles = parallax(rays0, rays1, np.eye(3))
-    assert (np.abs(angles * FOCAL_PX / flow_px - 1) < 0.12).all()
-    found = estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG)
-    assert (found is Rejection.LOW_PARALLAX) == is_rotation
-
-
-def test_so_few_inliers_that_the_noise_cannot_be_told_leave_the_pose_as_it_was_found():
-    _, _, rays0, rays1 = scene(noise_px=0.2)
-    config = TwoViewConfig(min_inliers=6)
-    for count in (6, 7, 12):
-        relative = estimate_relative_pose(rays0[:count], rays1[:count], FOCAL_PX, config)
-        assert not isinstance(relative, RelativePose) or relative.inliers.sum() >= 6
-    relative = estimate_relative_pose(rays0[:12], rays1[:12], FOCAL_PX, config)
-    assert isinstance(relative, RelativePose) and relative.covariance.any()
-
-
-def test_six_inliers_are_enough_to_refine():
-    found = []
-    for seed in range(12):
-        _, _, rays0, rays1 = scene(seed, 6, noise_px=0.05)
-        relative = estimate_relative_pose(rays0, rays1, FOCAL_PX, TwoViewConfig(min_inliers=6))
-        found += [relative] if isinstance(relative, RelativePose) else []
-    assert len(found) >= 3
-    assert all(relative.inliers.all() and relative.covariance.any() for relative in found)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vo.stillness import is_still, quantile, regional_shifts
+from vo.stillness import RepeatedImages, is_still, quantile, regional_shifts
 from vo.types import Camera
 
 CAMERA = Camera(640, 480, np.diag([500.0, 500.0, 1.0]))
@@ -52,3 +52,20 @@ def test_too_few_keypoints_say_nothing():
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=12), st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]))
 def test_the_quantile_is_numpys(values, share):
     assert quantile(np.array(values), share) == pytest.approx(np.quantile(values, share))
+
+
+def test_one_image_again_and_again_is_a_camera_that_hangs():
+    images = np.random.default_rng(0).integers(0, 255, (2, 64, 64), np.uint8)
+    repeated, said = RepeatedImages(), []
+    for image in [images[0], images[0].copy(), images[0].copy(), images[0].copy(), images[1], images[1].copy()]:
+        said.append(repeated.is_hanging(image))
+        if not said[-1]:
+            repeated.note(image)
+    assert said == [False, False, True, True, False, False]
+    nearly = images[1].copy()
+    nearly[33, 5] += 1  # between the rows that are looked at first
+    assert not repeated.is_hanging(nearly) and not repeated.is_hanging(images[0][:32])
+    black = RepeatedImages()
+    for _ in range(5):
+        assert not black.is_hanging(np.zeros((64, 64), np.uint8))
+        black.note(np.zeros((64, 64), np.uint8))

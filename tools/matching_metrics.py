@@ -10,7 +10,8 @@ import numpy as np
 from frontends.base import Features, Matches
 from vo.bench_statistics import bootstrap_interval
 from vo.config import TwoViewConfig
-from vo.geometry import essential_matrix, estimate_relative_pose, homogeneous, rotation_angle, undistort
+from vo.geometry import essential_matrix, homogeneous, rotation_angle, undistort
+from vo.relative_pose import estimate_relative_pose
 from vo.types import Camera, FloatArray, RelativePose
 
 TRUE_INLIER_PX = 1.5

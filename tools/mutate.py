@@ -32,6 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = "lightvo-mutation/1"
+TESTS = ("tests/test_geometry.py", "tests/test_relative_pose.py", "tests/test_first_pose.py")
 FOLDERS = ("vo", "frontends", "configs", "datasets", "tests")
 FILES = ("pyproject.toml",)
 KILLED, SURVIVED, TIMED_OUT = "killed", "survived", "timed out"
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = faults_in(source)
     chosen = random.Random(options.seed).sample(faults, min(options.count, len(faults)))
     mutants = [mutant(source, *fault) for fault in sorted(chosen)]
-    tests = options.tests or ["tests/test_geometry.py", "tests/test_first_pose.py"]
+    tests = options.tests or TESTS
     with tempfile.TemporaryDirectory() as directory:
         try:
             verdicts = judge(Path(directory), module, mutants, tests)

@@ -77,12 +77,14 @@ CASES = (
     Case("guard", "guard", "", (), 3),
     Case("guard", "guard-check", "", (), 3),
     Case("faults", "faults-geometry", "", (), 3),
+    Case("faults", "faults-relative-pose", "", ("--module", "vo/relative_pose.py"), 3),
 )
 TOOLS = {
     "peers": "compare_peers.py",
     "guard": "regression_guard.py",
     "guard-check": "check_guard.py",
     "faults-geometry": "mutate.py",
+    "faults-relative-pose": "mutate.py",
     "wire": "measure_wire.py",
     "stuck-consumer": "measure_stuck.py",
     "viewer": "measure_viewer.py",

@@ -20,8 +20,9 @@ from vo.bench_report import Comparison
 from vo.bench_statistics import ratio, time_in_turn, timing
 from vo.config import TwoViewConfig
 from vo.frontend import Frontend
-from vo.geometry import estimate_relative_pose, undistort
+from vo.geometry import undistort
 from vo.progress import Advance
+from vo.relative_pose import estimate_relative_pose
 from vo.types import Camera, Frame
 
 WARM_UP_CALLS = 3

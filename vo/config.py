@@ -22,9 +22,12 @@ from frontends.xfeat_star import XFeatStarConfig
 class TwoViewConfig:
     """Relative pose of two cameras from matches."""
 
-    method: str = setting("usac_magsac", choices=("usac_magsac", "usac_accurate", "ransac"), help="robust estimator")
+    # What is found is refined with a kernel of its own: a slower estimator gives the same pose in the end.
+    method: str = setting(
+        "usac_fast", choices=("usac_fast", "usac_magsac", "usac_accurate", "ransac"), help="robust estimator"
+    )
     threshold_px: float = setting(1.0, minimum=0.05, maximum=20.0, help="inlier distance to the epipolar line, px")
-    confidence: float = setting(0.999, minimum=0.5, maximum=0.999999, help="probability of an all-inlier sample")
+    confidence: float = setting(0.9999, minimum=0.5, maximum=0.999999, help="probability of an all-inlier sample")
     max_iterations: int = setting(2000, minimum=10, maximum=100_000, help="samples drawn at most")
     min_inliers: int = setting(20, minimum=6, help="fewer inliers are a rejection")
 

@@ -13,15 +13,12 @@ import math
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.lapack import dposv
+from scipy.linalg.lapack import dgesdd, dposv
 from scipy.spatial.transform import Rotation
 
-from vo.config import TwoViewConfig
-from vo.types import Camera, CameraModel, FloatArray, Rejection, RelativePose
+from vo.types import Camera, CameraModel, FloatArray
 
 BoolArray = NDArray[np.bool_]
-
-_METHODS = {"usac_magsac": cv2.USAC_MAGSAC, "usac_accurate": cv2.USAC_ACCURATE, "ransac": cv2.RANSAC}
 
 
 # --- SE(3) ----------------------------------------------------------------------------------------------------------
@@ -206,17 +203,12 @@ def sampson_distance(E: FloatArray, rays0: FloatArray, rays1: FloatArray) -> Flo
 
     Hartley and Zisserman, Multiple View Geometry, 2nd edition, equation 11.9.
     """
-    residual, gradient = _epipolar_residual(E, homogeneous(rays0), homogeneous(rays1))
-    distance: FloatArray = residual / gradient
-    return distance
-
-
-def _epipolar_residual(E: FloatArray, x0: FloatArray, x1: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """x0^T E x1 and the length of its gradient by the four ray coordinates; x0 and x1 are (N, 3)."""
+    x0, x1 = homogeneous(rays0), homogeneous(rays1)
     lines0, lines1 = x1 @ E.T, x0 @ E
     residual = np.einsum("ni,ni->n", x0, lines0)
     gradient = np.sqrt((lines0[:, :2] ** 2).sum(1) + (lines1[:, :2] ** 2).sum(1))
-    return residual, np.maximum(gradient, 1e-12)
+    distance: FloatArray = residual / np.maximum(gradient, 1e-12)
+    return distance
 
 
 def parallax(rays0: FloatArray, rays1: FloatArray, R_camera0_camera1: FloatArray) -> FloatArray:
@@ -253,241 +245,33 @@ def _angles_between(directions0: FloatArray, directions1: FloatArray) -> FloatAr
     return angles
 
 
-def _best_decomposition(E: FloatArray, rays0: FloatArray, rays1: FloatArray) -> tuple[FloatArray, float]:
-    """The (4, 4) pose among the four of E that puts most points before both cameras, and their share."""
-    R_a, R_b, t = (np.asarray(part, dtype=np.float64) for part in cv2.decomposeEssentialMat(np.ascontiguousarray(E)))
-    best, best_share = np.eye(4), -1.0
-    for R in (R_a, R_b):
-        for sign in (1.0, -1.0):
-            T = make_pose(R, sign * t[:, 0])
-            depth0, depth1 = ray_depths(T, rays0, rays1)
-            share = float(np.mean((depth0 > 0) & (depth1 > 0)))
-            if share > best_share:
-                best, best_share = T, share
-    return best, best_share
-
-
-def _tangent_basis(direction: FloatArray) -> FloatArray:
-    """(3, 2) orthonormal basis of the plane orthogonal to a unit (3,) vector."""
-    U, _, _ = np.linalg.svd(direction[:, None])
-    basis: FloatArray = U[:, 1:]
-    return basis
-
-
-def refine_relative_pose(
-    T_camera0_camera1: FloatArray, rays0: FloatArray, rays1: FloatArray, scale: float, num_iterations: int = 10
-) -> tuple[FloatArray, FloatArray]:
-    """Minimises the Sampson distance over rotation and direction of translation, with a Geman-McClure kernel.
-
-    `scale` is the kernel's width on the plane z = 1; the kernel forgets what lies far beyond it. Returns the refined
-    (4, 4) pose with unit translation, and the (6, 6) covariance of its right perturbation, zero along the translation,
-    which matches cannot see.
-    """
-    x0, x1 = homogeneous(rays0), homogeneous(rays1)
-    T = make_pose(T_camera0_camera1[:3, :3], T_camera0_camera1[:3, 3] / np.linalg.norm(T_camera0_camera1[:3, 3]))
-    for _ in range(num_iterations):
-        jacobian, residual, basis = _sampson_system(T, x0, x1)
-        weights = 1.0 / (1.0 + (residual / scale) ** 2) ** 2
-        step = -solve_symmetric((jacobian * weights[:, None]).T @ jacobian, jacobian.T @ (weights * residual))
-        t = T[:3, 3] + T[:3, :3] @ basis @ step[:2]
-        T = make_pose(T[:3, :3] @ exp_so3(step[2:]), t / np.linalg.norm(t))
-        if np.linalg.norm(step) < 1e-7:
-            break
-    jacobian, residual, basis = _sampson_system(T, x0, x1)
-    weights = 1.0 / (1.0 + (residual / scale) ** 2) ** 2
-    variance = float(np.sum(weights * residual**2) / max(np.sum(weights) - 5.0, 1.0))
-    reduced = np.linalg.pinv((jacobian * weights[:, None]).T @ jacobian, hermitian=True) * variance
-    expand = np.zeros((6, 5))
-    expand[:3, :2], expand[3:, 2:] = basis, np.eye(3)
-    return T, expand @ reduced @ expand.T
-
-
-def _refine_to_noise(
-    T: FloatArray, rays0: FloatArray, rays1: FloatArray, threshold: float
-) -> tuple[FloatArray, FloatArray]:
-    """Refinement with a kernel that shrinks to the noise of the inliers.
-
-    Outliers fill the inlier band evenly, good matches crowd near zero: a kernel as wide as the band would let the
-    outliers in it pull, one of about two standard deviations lets the good matches decide.
-    """
-    covariance = np.zeros((6, 6))
-    gate = threshold
-    for _ in range(4):
-        distance = np.abs(sampson_distance(essential_matrix(T), rays0, rays1))
-        if (distance < gate).sum() < 6:
-            break
-        sigma = max(1.4826 * float(np.median(distance[distance < gate])), 1e-3 * threshold)
-        near = distance < 6 * sigma
-        T, covariance = refine_relative_pose(T, rays0[near], rays1[near], 2.5 * sigma)
-        gate = 3 * sigma
-    return T, covariance
-
-
-def _sampson_system(T: FloatArray, x0: FloatArray, x1: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Jacobian (N, 5) and residual (N,) of the Sampson distance, and the (3, 2) basis of translation steps.
-
-    Steps: two along the basis, in the frame of camera 1, then three of the right rotation.
-    """
-    R, t = T[:3, :3], T[:3, 3]
-    E, basis = essential_matrix(T), _tangent_basis(R.T @ t)
-    E_steps = np.concatenate([skew((R @ basis).T) @ R, E @ skew(np.eye(3))])
-    residual, gradient = _epipolar_residual(E, x0, x1)
-    lines0, lines1 = (x1 @ E.T)[:, :2], (x0 @ E)[:, :2]
-    lines0_steps, lines1_steps = x1 @ np.swapaxes(E_steps, 1, 2), x0 @ E_steps
-    residual_steps = np.einsum("ni,kni->nk", x0, lines0_steps)
-    squared_steps = np.einsum("ni,kni->nk", lines0, lines0_steps[..., :2])
-    squared_steps += np.einsum("ni,kni->nk", lines1, lines1_steps[..., :2])
-    jacobian = residual_steps / gradient[:, None] - squared_steps * (residual / gradient**3)[:, None]
-    return jacobian, residual / gradient, basis
-
-
-def estimate_relative_pose(
-    rays0: FloatArray, rays1: FloatArray, focal_px: float, config: TwoViewConfig
-) -> RelativePose | Rejection:
-    """Pose of camera 1 in camera 0 from matched rays (M, 2) each: five-point RANSAC, cheirality, refinement.
-
-    Rejects with TOO_FEW_MATCHES, TOO_FEW_INLIERS, LOW_PARALLAX (nothing moved), PURE_ROTATION (the rotation explains
-    the matches as well as any translation) or DEGENERATE (no consistent solution). Translation has unit length.
-    """
-    if len(rays0) < max(config.min_inliers, 6):
-        return Rejection.TOO_FEW_MATCHES
-    threshold = config.threshold_px / focal_px
-    E = _ransac_essential(rays0, rays1, threshold, config)
-    if E is None:
-        return Rejection.DEGENERATE
-    inliers = np.abs(sampson_distance(E, rays0, rays1)) < threshold
-    if inliers.sum() < config.min_inliers:
-        return Rejection.TOO_FEW_INLIERS
-    T, in_front = _best_decomposition(E, rays0[inliers], rays1[inliers])
-    T, covariance = _refine_to_noise(T, rays0, rays1, threshold)
-    inliers = np.abs(sampson_distance(essential_matrix(T), rays0, rays1)) < threshold
-    if inliers.sum() < config.min_inliers:
-        return Rejection.TOO_FEW_INLIERS
-    no_translation = _explained_by_rotation(rays0, rays1, inliers, threshold)
-    if no_translation is not None:
-        return no_translation
-    if in_front < 0.6:
-        return Rejection.DEGENERATE
-    angle = float(np.median(parallax(rays0[inliers], rays1[inliers], T[:3, :3])))
-    return RelativePose(T, inliers, angle, covariance)
-
-
-def estimate_first_pose(
-    rays0: FloatArray, rays1: FloatArray, focal_px: float, config: TwoViewConfig
-) -> RelativePose | Rejection:
-    """As `estimate_relative_pose`, and safe where all points lie on one plane: two motions may explain those alike.
-
-    Where a homography fits nearly all that the essential matrix fits, its motions (Faugeras and Lustman 1988, as OpenCV
-    solves them) compete with that of the essential matrix; DEGENERATE where two that differ fit equally well.
-    """
-    essential = estimate_relative_pose(rays0, rays1, focal_px, config)
-    if isinstance(essential, Rejection) and essential is not Rejection.DEGENERATE:
-        return essential
-    threshold = config.threshold_px / focal_px
-    num_needed = config.min_inliers
-    if isinstance(essential, RelativePose):
-        num_needed = max(num_needed, int(0.85 * essential.inliers.sum()))
-    planar = [_finished(T, rays0, rays1, threshold) for T in _planar_motions(rays0, rays1, threshold, num_needed)]
-    if not planar:
-        return essential
-    found = [*planar, essential] if isinstance(essential, RelativePose) else planar
-    fits = [int(pose.inliers.sum()) for pose in found]
-    best = found[int(np.argmax(fits))]
-    if best.inliers.sum() < config.min_inliers:
-        return Rejection.DEGENERATE
-    rivals = [pose for pose, fit in zip(found, fits, strict=True) if fit > 0.97 * max(fits)]
-    if any(_differ(best.T_camera0_camera1, rival.T_camera0_camera1) for rival in rivals):
-        return Rejection.DEGENERATE
-    return best
-
-
-def _planar_motions(rays0: FloatArray, rays1: FloatArray, threshold: float, num_needed: int) -> list[FloatArray]:
-    """The motions (4, 4) that a plane seen by `num_needed` matches allows, with the points before both cameras."""
-    # OpenCV's estimator is made for pixels: among rays a few wrong matches lead it astray.
-    H, _ = cv2.findHomography(rays0 / threshold, rays1 / threshold, cv2.USAC_MAGSAC, 1.5, maxIters=1000)
-    if H is None or not np.isfinite(H).all():
-        return []
-    unit = np.diag([threshold, threshold, 1.0])
-    H = unit @ np.asarray(H, dtype=np.float64) @ np.diag([1 / threshold, 1 / threshold, 1.0])
-    moved = homogeneous(rays0) @ H.T
-    error = np.linalg.norm(moved[:, :2] / moved[:, 2:] - rays1, axis=1)
-    fits = error < 1.5 * threshold
-    if fits.sum() < num_needed:
-        return []
-    _, rotations, translations, _ = cv2.decomposeHomographyMat(H, np.eye(3))
-    motions = []
-    for R, t in zip(rotations, translations, strict=True):
-        length = float(np.linalg.norm(t))
-        if length < 1e-6:
-            continue
-        T = invert_pose(make_pose(np.asarray(R, np.float64), np.asarray(t, np.float64).ravel() / length))
-        depth0, depth1 = ray_depths(T, rays0[fits], rays1[fits])
-        if np.mean((depth0 > 0) & (depth1 > 0)) > 0.9:
-            motions.append(T)
-    return motions
-
-
-def _finished(T: FloatArray, rays0: FloatArray, rays1: FloatArray, threshold: float) -> RelativePose:
-    """A motion refined on all matches, with its inliers, parallax and covariance."""
-    T, covariance = _refine_to_noise(T, rays0, rays1, threshold)
-    inliers = np.abs(sampson_distance(essential_matrix(T), rays0, rays1)) < threshold
-    angles = parallax(rays0[inliers], rays1[inliers], T[:3, :3])
-    return RelativePose(T, inliers, float(np.median(angles)) if len(angles) else 0.0, covariance)
-
-
-def _differ(T0: FloatArray, T1: FloatArray) -> bool:
-    """Whether two motions with unit translation are not the same: a degree of rotation, or ten of direction, apart."""
-    turned = rotation_angle(T0[:3, :3].T @ T1[:3, :3])
-    return bool(turned > np.deg2rad(1.0) or float(T0[:3, 3] @ T1[:3, 3]) < np.cos(np.deg2rad(10.0)))
-
-
-def _ransac_essential(
-    rays0: FloatArray, rays1: FloatArray, threshold: float, config: TwoViewConfig
-) -> FloatArray | None:
-    """E with ray0^T E ray1 = 0, or None. Given (1, 0), OpenCV's convention yields that order without an inversion."""
-    E, _ = cv2.findEssentialMat(
-        np.ascontiguousarray(rays1),
-        np.ascontiguousarray(rays0),
-        np.eye(3),
-        method=_METHODS[config.method],
-        prob=config.confidence,
-        threshold=threshold,
-        maxIters=config.max_iterations,
-    )
-    if E is None or E.shape[0] < 3 or not np.isfinite(E).all():
-        return None
-    # Several solutions may come stacked: the one with most inliers is meant.
-    candidates = [np.array(E[i : i + 3], dtype=np.float64) for i in range(0, E.shape[0] - 2, 3)]
-    return max(candidates, key=lambda c: int((np.abs(sampson_distance(c, rays0, rays1)) < threshold).sum()))
-
-
-def _explained_by_rotation(
-    rays0: FloatArray, rays1: FloatArray, inliers: BoolArray, threshold: float
-) -> Rejection | None:
-    """LOW_PARALLAX or PURE_ROTATION if a rotation alone fits nearly all that the essential matrix fits.
-
-    A rotation leaves a two-dimensional residual, so its gate is wider by sqrt(2) than the line distance's.
-    """
-    R = fit_rotation(rays0[inliers], rays1[inliers], threshold)
-    angles = parallax(rays0[inliers], rays1[inliers], R)
-    if np.mean(angles < 1.5 * threshold) < 0.9:
-        return None
-    still = rotation_angle(R) < threshold
-    return Rejection.LOW_PARALLAX if still else Rejection.PURE_ROTATION
-
-
 def fit_rotation(rays0: FloatArray, rays1: FloatArray, scale: float, num_iterations: int = 8) -> FloatArray:
     """R_camera0_camera1 (3, 3) that aligns the bearings: Kabsch, reweighted with a Cauchy kernel of width `scale`."""
-    x0, x1 = homogeneous(rays0), homogeneous(rays1)
-    x0 /= np.linalg.norm(x0, axis=1, keepdims=True)
-    x1 /= np.linalg.norm(x1, axis=1, keepdims=True)
-    weights = np.ones(len(x0))
-    R = np.eye(3)
+    x0, x1 = _bearings(rays0), _bearings(rays1)
+    weighted, R = x0, np.eye(3)
     for _ in range(num_iterations):
-        U, _, Vt = np.linalg.svd((x0 * weights[:, None]).T @ x1)
-        R = U @ np.diag([1.0, 1.0, np.linalg.det(U @ Vt)]) @ Vt
-        weights = 1.0 / (1.0 + (np.linalg.norm(x0 - x1 @ R.T, axis=1) / scale) ** 2)
+        R = _closest_rotation(weighted @ x1.T)
+        off = x0 - R @ x1
+        weighted = x0 / (1.0 + (off * off).sum(0) / scale**2)
     return R
+
+
+def _closest_rotation(M: FloatArray) -> FloatArray:
+    """The rotation R (3, 3) of the largest trace of R^T M; LAPACK at once, for NumPy takes longer to ask it."""
+    U, _, Vt, _ = dgesdd(M)
+    R: FloatArray = U @ Vt
+    (a, b, c), (d, e, f), (g, h, i) = R.tolist()
+    if a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g) < 0:
+        R -= 2.0 * np.outer(U[:, 2], Vt[2])  # no reflection
+    return R
+
+
+def _bearings(rays: FloatArray) -> FloatArray:
+    """(3, N) unit vectors along rays (N, 2)."""
+    x = np.ones((3, len(rays)))
+    x[:2] = rays.T
+    x /= np.sqrt((x * x).sum(0))
+    return x
 
 
 # --- landmarks ------------------------------------------------------------------------------------------------------
@@ -534,16 +318,31 @@ def translation_scale(T_camera0_camera1: FloatArray, points_camera0: FloatArray,
     Each landmark votes with the length that puts it closest to its ray, weighted by how far a unit of translation moves
     it in the image; the weighted median is returned, None if no landmark moves at all.
     """
-    x1 = homogeneous(rays1)
-    R, t = T_camera0_camera1[:3, :3], T_camera0_camera1[:3, 3]
-    fixed = np.cross(x1, points_camera0 @ R)
-    moving = np.cross(x1, np.broadcast_to(t @ R, x1.shape))
-    leverage = (moving**2).sum(1)
+    votes, leverage = translation_votes(T_camera0_camera1, points_camera0, rays1)
     weights = np.sqrt(leverage) / np.maximum(points_camera0[:, 2], 1e-9)
     usable = (leverage > 1e-12) & (points_camera0[:, 2] > 0)
     if not usable.any():
         return None
-    votes = (fixed[usable] * moving[usable]).sum(1) / leverage[usable]
+    votes = votes[usable]
     order = np.argsort(votes, kind="stable")
     cumulative = np.cumsum(weights[usable][order])
     return float(votes[order][np.searchsorted(cumulative, cumulative[-1] / 2)])
+
+
+def translation_votes(
+    T_camera0_camera1: FloatArray, points_camera0: FloatArray, rays1: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Lengths (N,) of the translation of a pose that put landmarks (N, 3) of camera 0 closest to their rays (N, 2).
+
+    And the squared distance (N,) by which a unit of length moves each across its ray: a vote with next to none of that
+    means nothing.
+    """
+    R, t = T_camera0_camera1[:3, :3], T_camera0_camera1[:3, 3]
+    u, v = rays1.T
+    px, py, pz = R.T @ points_camera0.T
+    tx, ty, tz = (t @ R).tolist()
+    fixed = v * pz - py, px - u * pz, u * py - v * px
+    moving = v * tz - ty, tx - u * tz, u * ty - v * tx
+    leverage = moving[0] ** 2 + moving[1] ** 2 + moving[2] ** 2
+    votes = fixed[0] * moving[0] + fixed[1] * moving[1] + fixed[2] * moving[2]
+    return votes / np.maximum(leverage, 1e-300), leverage

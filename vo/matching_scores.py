@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from vo.config import TwoViewConfig
-from vo.geometry import essential_matrix, estimate_relative_pose, homogeneous, rotation_angle
+from vo.geometry import essential_matrix, homogeneous, rotation_angle
 from vo.matching_pairs import HomographyPair, PosedPair
+from vo.relative_pose import estimate_relative_pose
 from vo.types import FloatArray, RelativePose
 
 CORRECT_PX = 3.0

@@ -16,18 +16,13 @@ from numpy.typing import NDArray
 from frontends.base import Features, Matches
 from vo.absolute_pose import AbsolutePose
 from vo.config import OdometryConfig, RelativeScaleConfig, TwoViewConfig
-from vo.geometry import (
-    estimate_first_pose,
-    fit_rotation,
-    invert_pose,
-    make_pose,
-    ray_depths,
-)
+from vo.geometry import fit_rotation, invert_pose, make_pose, ray_depths
 from vo.live_map import LiveMap
 from vo.posing import MatchFunction, Motion, Posed, Poser
+from vo.relative_pose import estimate_first_pose
 from vo.scale_source import ScaleSource
 from vo.self_calibration import FocalEstimate
-from vo.stillness import is_still
+from vo.stillness import RepeatedImages, is_still
 from vo.tracks import TrackTable, is_among
 from vo.types import (
     Camera,
@@ -44,8 +39,6 @@ from vo.window import View
 
 IntArray = NDArray[np.int64]
 
-# The same image once more than this is a camera that hangs.
-_MAX_REPEATS = 1
 # Pose uncertainty of a frame that is posed by rotation alone, or held: translation unknown in the map's own unit.
 _UNKNOWN_TRANSLATION = np.diag([1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4])
 
@@ -93,7 +86,7 @@ class Odometry:
         self._last_motion = np.eye(4)
         self._num_lost = 0
         self._frame: Frame | None = None
-        self._num_repeats = 0
+        self._repeated = RepeatedImages()
 
     def close(self) -> None:
         """Ends the window's thread; safe to call twice."""
@@ -132,8 +125,7 @@ class Odometry:
     def step(self, frame: Frame, features: Features) -> OdometryStep:
         """Poses the next frame. Expected failures come back as status and rejection, never as an exception."""
         self._map.advance()
-        self._num_repeats = self._num_repeats + 1 if self._repeats(frame) else 0
-        if self._num_repeats > _MAX_REPEATS:
+        if self._repeated.is_hanging(frame.image):
             return self._unposed_frame(frame, Rejection.REPEATED_IMAGE)
         if frame.health is not None and frame.health.is_blind:
             return self._unposed_frame(frame, Rejection.DEGENERATE)
@@ -142,6 +134,7 @@ class Odometry:
             self._status, self._last_motion = TrackingStatus.LOST, np.eye(4)
         map_update = self._map.take_in_refinement(frame.index, frame.timestamp_ns, self._held())
         self._frame = self._as_seen(frame)
+        self._repeated.note(frame.image)
         self._change_unit()
         step = self._step(self._map.view_of(frame, features))
         self._map.begin_refinement()
@@ -158,20 +151,6 @@ class Odometry:
         if self._previous is not None:
             factor = self._map.change_unit(self._previous, self._held())
             self._last_motion = make_pose(self._last_motion[:3, :3], self._last_motion[:3, 3] * factor)
-
-    def _repeats(self, frame: Frame) -> bool:
-        """Whether the camera delivers the very image of the frame before.
-
-        Sensors have noise: a camera that stands still never sends the same image twice. Now and then a driver does, and
-        the pose is held; where it goes on, the camera hangs, and where it is meanwhile nobody knows. A black image
-        tells nothing.
-        """
-        if self._frame is None or self._frame.image.shape != frame.image.shape:
-            return False
-        # A few rows tell nearly all images apart.
-        before, now = self._frame.image, frame.image
-        is_equal = np.array_equal(before[::32], now[::32]) and np.array_equal(before, now)
-        return bool(is_equal and now.min() != now.max())
 
     def _step(self, view: View) -> OdometryStep:
         keypoints, features = view.keypoints, view.features
@@ -211,7 +190,7 @@ class Odometry:
         relative = estimate_first_pose(origin.rays[rows0], view.rays[rows1], self._camera.focal_px, self._two_view)
         # Where the first keyframe is going out of sight a short baseline is better than none.
         is_leaving = len(rows0) < len(origin.keypoints) / 3
-        enough_deg = self._config.init_parallax_deg * (0.4 if is_leaving else 1.0)
+        enough_deg = self._config.init_parallax_deg * (0.7 if is_leaving else 1.0)
         if isinstance(relative, RelativePose) and relative.parallax_rad > np.deg2rad(enough_deg):
             step = self._try_first_map(view, matches, relative, rows0, rows1)
             if step is not None:

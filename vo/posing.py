@@ -13,7 +13,6 @@ from vo.absolute_pose import AbsolutePose, closest_pose, estimate_absolute_pose,
 from vo.config import OdometryConfig, TwoViewConfig
 from vo.geometry import (
     essential_matrix,
-    estimate_relative_pose,
     fit_rotation,
     invert_pose,
     make_pose,
@@ -23,6 +22,7 @@ from vo.geometry import (
     transform,
     translation_scale,
 )
+from vo.relative_pose import estimate_relative_pose
 from vo.tracks import TrackTable, is_among
 from vo.types import FloatArray, Rejection, RelativePose
 from vo.window import View

@@ -1,4 +1,4 @@
-"""Whether an image stands still, from the motion of its keypoints: pure functions."""
+"""Whether an image stands still, from the motion of its keypoints; whether it is the same image again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from vo.types import Camera, FloatArray
 
 # Regions of the image, from side to side and from top to bottom, and keypoints that one needs to be heard.
 _COLUMNS, _ROWS, _MIN_KEYPOINTS = 4, 3, 8
+# The same image once more than this is a camera that hangs.
+_MAX_REPEATS = 1
 
 
 def is_still(
@@ -50,3 +52,32 @@ def quantile(values: FloatArray, share: float) -> float:
     below, part = divmod(share * (len(ordered) - 1), 1)
     low, high = ordered[int(below)], ordered[min(int(below) + 1, len(ordered) - 1)]
     return float(low + part * (high - low))
+
+
+class RepeatedImages:
+    """Whether a camera delivers the very image of the frame before, again and again: it hangs.
+
+    Sensors have noise: a camera that stands still never sends the same image twice. Now and then a driver does, and the
+    pose is held; where it goes on, where the camera is meanwhile nobody knows. A black image tells nothing.
+    """
+
+    def __init__(self) -> None:
+        self._last: NDArray[np.uint8] | None = None
+        self._count = 0
+
+    def is_hanging(self, image: NDArray[np.uint8]) -> bool:
+        """To be asked of every image once."""
+        self._count = self._count + 1 if self._repeats(image) else 0
+        return self._count > _MAX_REPEATS
+
+    def note(self, image: NDArray[np.uint8]) -> None:
+        """Takes the image for the one that the next is compared with."""
+        self._last = image
+
+    def _repeats(self, image: NDArray[np.uint8]) -> bool:
+        before = self._last
+        if before is None or before.shape != image.shape:
+            return False
+        # A few rows tell nearly all images apart.
+        is_equal = np.array_equal(before[::32], image[::32]) and np.array_equal(before, image)
+        return bool(is_equal and image.min() != image.max())
