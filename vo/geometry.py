@@ -245,15 +245,22 @@ def _angles_between(directions0: FloatArray, directions1: FloatArray) -> FloatAr
     return angles
 
 
-def fit_rotation(rays0: FloatArray, rays1: FloatArray, scale: float, num_iterations: int = 8) -> FloatArray:
-    """R_camera0_camera1 (3, 3) that aligns the bearings: Kabsch, reweighted with a Cauchy kernel of width `scale`."""
+def fit_rotation(
+    rays0: FloatArray, rays1: FloatArray, scale: float, num_iterations: int = 8, start: FloatArray | None = None
+) -> FloatArray:
+    """R_camera0_camera1 (3, 3) that aligns the bearings: Kabsch, reweighted with a Cauchy kernel of width `scale`.
+
+    start   (3, 3) gives the first weights; without it they are equal.
+    """
     x0, x1 = _bearings(rays0), _bearings(rays1)
-    weighted, R = x0, np.eye(3)
+    R = start
     for _ in range(num_iterations):
+        weighted = x0
+        if R is not None:
+            off = x0 - R @ x1
+            weighted = x0 / (1.0 + (off * off).sum(0) / scale**2)
         R = _closest_rotation(weighted @ x1.T)
-        off = x0 - R @ x1
-        weighted = x0 / (1.0 + (off * off).sum(0) / scale**2)
-    return R
+    return np.eye(3) if R is None else R
 
 
 def _closest_rotation(M: FloatArray) -> FloatArray:

@@ -41,8 +41,8 @@ _METHODS = {
 _SCORED_WITHIN = {"usac_fast": 0.5}
 # Looks at the noise of the inliers, and steps towards the pose, at most. Lengths of steps in standard deviations of the
 # pose: after one below the first the noise may be looked at again, one below the second is the last.
-_MAX_LOOKS, _MAX_STEPS = 6, 25
-_NEAR, _LAST_STEP = 3.0, 0.01
+_MAX_LOOKS, _MAX_STEPS = 4, 25
+_NEAR, _LAST_STEP = 3.0, 0.03
 # Matches that tell at once that a motion is more than a rotation.
 _NUM_IN_HASTE = 128
 # Derivatives of a rotation by its right perturbation, (3, 3, 3): R skew(e_k).
@@ -84,7 +84,8 @@ def estimate_relative_pose(
     if refined[:3, 3] @ T[:3, 3] < 0 or rotation_angle(refined[:3, :3].T @ T[:3, :3]) > 0.1:
         T, covariance, _ = _refine_to_noise(refined, matches, threshold)
     inliers0, inliers1 = rays0[inliers], rays1[inliers]
-    if share_turned > 0.4 or len(inliers0) < 0.8 * len(rays0):
+    # A rotation that fits too few of all matches may still fit nine of ten inliers, where those are few.
+    if share_turned * len(rays0) > 0.8 * len(inliers0) or len(inliers0) < 0.8 * len(rays0):
         no_translation, _ = _explained_by_rotation(inliers0, inliers1, threshold)
         if no_translation is not None:
             return no_translation
@@ -141,20 +142,20 @@ def _explained_by_rotation(rays0: FloatArray, rays1: FloatArray, threshold: floa
     tells that there is none.
     """
     some = slice(None, None, max(1, len(rays0) // _NUM_IN_HASTE))
-    _, share = _fit_of_rotation(rays0[some], rays1[some], threshold, 3)
+    R, share = _fit_of_rotation(rays0[some], rays1[some], threshold, 3)
     if share < 0.5:
         return None, share
-    R, share = _fit_of_rotation(rays0, rays1, threshold, 8)
+    R, share = _fit_of_rotation(rays0, rays1, threshold, 4, R)
     if share < 0.9:
         return None, share
     return (Rejection.LOW_PARALLAX if rotation_angle(R) < threshold else Rejection.PURE_ROTATION), share
 
 
 def _fit_of_rotation(
-    rays0: FloatArray, rays1: FloatArray, threshold: float, num_iterations: int
+    rays0: FloatArray, rays1: FloatArray, threshold: float, num_iterations: int, start: FloatArray | None = None
 ) -> tuple[FloatArray, float]:
     """The rotation, and the share of the matches that it explains."""
-    R = fit_rotation(rays0, rays1, threshold, num_iterations)
+    R = fit_rotation(rays0, rays1, threshold, num_iterations, start)
     return R, np.count_nonzero(parallax(rays0, rays1, R) < 1.5 * threshold) / len(rays0)
 
 
@@ -200,7 +201,7 @@ def _refine_to_noise(
                 break
             before, sigma = sigma, max(1.4826 * median(inside), 1e-3 * threshold)
             gate, num_looks = 3 * sigma, num_looks + 1
-            is_settled = num_looks == _MAX_LOOKS or abs(sigma - before) < 0.01 * sigma
+            is_settled = num_looks == _MAX_LOOKS or abs(sigma - before) < 0.02 * sigma
         system = matches.system(T, seen, 2.5 * sigma, 6 * sigma)
         step = system.step()
         T = system.moved(T, step)
