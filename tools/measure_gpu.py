@@ -1,4 +1,4 @@
-"""Measure on a GPU everything that BENCHMARKS.md says of one, in one call of about eight minutes.
+"""Measure on a GPU everything that BENCHMARKS.md says of one, in one call of about nine minutes.
 
     LIGHTVO_WEIGHTS=DIR python tools/measure_gpu.py [--only checks,aliked,xfeat,...] [--output benchmarks]
 
@@ -47,12 +47,16 @@ class Part:
 # At 60 Hz a p99 of 900 frames rests on 9 of them and takes a quarter of a minute.
 _STREAMS = ("--stream", "lossless,latest", "--stream-frames", "900", "--stream-hz", "60")
 _COMPARED = ("--against", "kornia", "--repeats", "200", "--frames", "60")
+# What is fastest on the GPU is known from the parts before.
+_TWO_VIEW = ("--set", "odometry.mode=two_view", "--repeats", "20", "--frames", "60")
 PARTS = (
-    Part("checks", (), 150),
+    Part("checks", (), 130),
     Part("aliked", ("demo", *_COMPARED, *_STREAMS), 120),
     Part("xfeat", ("demo", "--config", "xfeat", *_COMPARED, *_STREAMS), 100),
+    Part("aliked-two-view", ("demo", *_TWO_VIEW, *_STREAMS), 58),
+    Part("xfeat-two-view", ("demo", "--config", "xfeat", *_TWO_VIEW, *_STREAMS), 58),
     Part(
-        "long", ("demo", "--repeats", "20", "--frames", "60", "--stream", "lossless", "--stream-frames", "10000"), 300
+        "long", ("demo", "--repeats", "20", "--frames", "60", "--stream", "lossless", "--stream-frames", "10000"), 220
     ),
     Part("engine", (), 120),
     Part("trajectory", (), 90),
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 where every part has been measured, 1 where one failed, 2 for what cannot be asked for."""
     parser = argparse.ArgumentParser(description="Measure on a GPU everything that BENCHMARKS.md says of one.")
     parser.add_argument("--only", default=",".join(part.name for part in PARTS), help="parts (default: %(default)s)")
-    parser.add_argument("--stream-frames", type=int, metavar="N", help="of the parts aliked and xfeat, 900 by default")
+    parser.add_argument("--stream-frames", type=int, metavar="N", help="of aliked and xfeat, 900 by default")
     parser.add_argument("--long-frames", type=int, metavar="N", help="of the part long, 10000 by default")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="where gpu-*.json go")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to test this program")
@@ -75,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"measure_gpu: error: {problem}", file=sys.stderr)
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
-    frames = {"aliked": options.stream_frames, "xfeat": options.stream_frames, "long": options.long_frames}
-    parts = [with_frames(part, frames.get(part.name)) for part in PARTS if part.name in names]
+    num_frames = {"aliked": options.stream_frames, "xfeat": options.stream_frames, "long": options.long_frames}
+    parts = [with_frames(part, num_frames.get(part.name.partition("-")[0])) for part in PARTS if part.name in names]
     failed = [part.name for part in parts if not measured(part, options.output, options.device)]
     if failed:
         print(f"measure_gpu: failed: {', '.join(failed)}; see above", file=sys.stderr)

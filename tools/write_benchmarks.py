@@ -74,6 +74,13 @@ GPU_FIGURES = (
     ("throughput, no frame dropped, ALIKED-T16 + LightGlue", "400 frames/s", "gpu-aliked.json", "`lossless`, `fps`"),
     ("the same with XFeat", "600 frames/s", "gpu-xfeat.json", "`lossless`, `fps`"),
     (
+        "both without a map (`odometry.mode=two_view`), ALIKED-T16 + LightGlue",
+        "4 ms, 7 ms; 400 frames/s",
+        "gpu-aliked-two-view.json",
+        "`latest`, latency; `lossless`, `fps`",
+    ),
+    ("the same with XFeat", "3 ms, 5 ms; 600 frames/s", "gpu-xfeat-two-view.json", "the same"),
+    (
         "extraction, matching and both with the same robust estimation, against kornia on the same GPU",
         "8x",
         "gpu-aliked.json",

@@ -27,7 +27,7 @@ from vo.bench_stream import MODES, StreamTiming, measure_stream
 from vo.config import Config, FrontendConfig
 from vo.config_loader import load_config
 from vo.frontend import Frontend, create_frontend, device_name, select_device, warmed_up
-from vo.odometry import Odometry
+from vo.modes import create_odometry
 from vo.progress import Advance, progress
 from vo.sources import open_source
 from vo.summary import library_versions
@@ -269,7 +269,7 @@ class _Lap:
     def __init__(self, camera: Camera, config: Config, frontend: Frontend, device: torch.device) -> None:
         self._frontend = frontend
         self._device = device
-        self._odometry = Odometry(camera, config.odometry, config.two_view, self._timed_match)
+        self._odometry = create_odometry(config, camera, self._timed_match)
         self._match_ms = 0.0
         self.times_ms: dict[str, list[float]] = {"extract": [], "match": [], "track": [], "frame": []}
         self.num_keypoints: list[int] = []

@@ -218,8 +218,17 @@ class SelfCalibrationConfig:
 
 @dataclass(frozen=True, slots=True)
 class OdometryConfig:
-    """Tracking, landmarks and the window."""
+    """Tracking, landmarks and the window; the latter two are of the mode `map`."""
 
+    mode: str = setting(
+        "map",
+        choices=("map", "two_view"),
+        help="map: poses against landmarks, refined in a window; two_view: a chain of relative poses, for tracks and "
+        "motions only, several pairs at once",
+    )
+    poses_in_flight: int = setting(
+        2, minimum=1, maximum=16, help="pairs of frames posed at once, by a thread each (mode two_view)"
+    )
     min_matches: int = setting(30, minimum=8, help="fewer matches to the previous frame and the frame is lost")
     min_inliers: int = setting(15, minimum=6, help="fewer landmarks that agree with a pose are a rejection")
     min_inlier_ratio: float = setting(0.4, minimum=0.0, maximum=1.0, help="of the landmarks in view, for a pose")
@@ -266,6 +275,10 @@ class OdometryConfig:
         check_settings(self)
         if self.self_calibration.enabled and isinstance(self.scale, StereoScaleConfig):
             raise ValueError("self_calibration: a stereo scale needs the true calibration of both cameras")
+        if self.mode == "two_view" and not isinstance(self.scale, RelativeScaleConfig):
+            raise ValueError(f"scale: {self.scale.name} needs a map to bring to its unit; set mode: map, or no scale")
+        if self.mode == "two_view" and self.self_calibration.enabled:
+            raise ValueError("self_calibration: needs a map to find the focal length from; set mode: map")
 
 
 @dataclass(frozen=True, slots=True)

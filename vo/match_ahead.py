@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from frontends.base import Features, Matches
 
 MatchFunction = Callable[[Features, Features], Matches]
+BeginFunction = Callable[[Features, Features, Matches], None]
 CountFunction = Callable[[int, int], None]
 
 # Pairs kept for the odometry; more than there can be frames between the two threads.
@@ -39,14 +40,20 @@ class MatchAhead:
               both in ns.
     expected  gives features that a frame may be matched to besides those of the previous one, most likely first. A
               guess that is wrong costs time and nothing else.
+    begin     hears of every pair of neighbours as soon as it has been matched, on the thread that prepares them.
     """
 
     def __init__(
-        self, match: MatchFunction, count: CountFunction, expected: Callable[[], Sequence[Features]] | None = None
+        self,
+        match: MatchFunction,
+        count: CountFunction,
+        expected: Callable[[], Sequence[Features]] | None = None,
+        begin: BeginFunction | None = None,
     ) -> None:
         self._match = match
         self._count = count
         self._expected = expected
+        self._begin = begin
         # `_turn` is held while the matcher works, `_shelf` only to look at what it has made.
         self._turn, self._shelf = threading.Lock(), threading.Lock()
         self._previous: Features | None = None
@@ -57,7 +64,9 @@ class MatchAhead:
         """Matches the frame before to this one, the next of the sequence."""
         self._before, self._previous = self._previous, features
         if self._before is not None:
-            self._make(self._before, features)
+            matches = self._make(self._before, features)
+            if self._begin is not None:
+                self._begin(self._before, features, matches)
 
     def prepare_expected(self, features: Features) -> None:
         """Matches this frame also to what else is expected; to be called while the odometry has begun with it."""
@@ -77,11 +86,12 @@ class MatchAhead:
         self._count(made.took_ns, time.monotonic_ns() - start_ns)
         return made.matches
 
-    def _make(self, features0: Features, features1: Features) -> None:
+    def _make(self, features0: Features, features1: Features) -> Matches:
         with self._turn:
             made = self._made_now(features0, features1)
             with self._shelf:
                 self._made.append(made)
+        return made.matches
 
     def _made_now(self, features0: Features, features1: Features) -> _Made:
         start_ns = time.monotonic_ns()

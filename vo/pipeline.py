@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from frontends.base import Features, Matches
 from frontends.device_faults import device_faults
 from vo.config import Config, GroundTruthScaleConfig
 from vo.frontend import Frontend
 from vo.match_ahead import MatchAhead
-from vo.odometry import Odometry
+from vo.modes import create_odometry
 from vo.run_meter import RunMeter
 from vo.scale import ExternalReadings
 from vo.scale_source import ScaleSource, TruePosition
@@ -22,6 +23,7 @@ from vo.sources.webcam import LiveSource
 from vo.stages import Sink, StageOptions, Stages
 from vo.summary import RunSummary
 from vo.trajectory import read_trajectory
+from vo.two_view_odometry import TwoViewOdometry
 from vo.types import ConfigError, FloatArray, Frame, MapUpdate
 
 # A true position this far from the time of a frame is not the frame's.
@@ -57,22 +59,28 @@ def run(
     Raises what a stage raised, after all of them have ended; DeviceError where a GPU failed.
     """
     meter, stop = meter or RunMeter(), stop or threading.Event()
+    meter.mode = config.odometry.mode
     is_threaded = config.pipeline.threaded if threaded is None else threaded
     is_lossy = drops_oldest(config, source, is_paced)
     # A frame is matched to a keyframe as well. On a GPU that can begin while its pose does; on the CPU, whose cores the
     # stages share, it would only slow the others down.
-    is_expecting = frontend.device_name != "cpu" and config.odometry.reconnect_keyframes > 0
+    has_map = config.odometry.mode == "map"
+    is_expecting = has_map and frontend.device_name != "cpu" and config.odometry.reconnect_keyframes > 0
+
+    def begin_pair(features0: Features, features1: Features, matches: Matches) -> None:
+        if isinstance(odometry, TwoViewOdometry):
+            odometry.begin_pair(features0, features1, matches)
+
     ahead = MatchAhead(
         frontend.matcher.match,
         meter.count_match,
         (lambda: [view.features for view in odometry.keyframes[::-1]]) if is_expecting else None,
+        None if has_map else begin_pair,
     )
     scale = ScaleSource(
         config.odometry.scale, rig=source.stereo, external=external, true_position=_true_position(config, source)
     )
-    odometry = Odometry(
-        source.camera, config.odometry, config.two_view, ahead.match, waits_for_window=not is_lossy, scale=scale
-    )
+    odometry = create_odometry(config, source.camera, ahead.match, waits_for_window=not is_lossy, scale=scale)
     stages = Stages(
         InspectedSource(source, meter.image_log.note),
         lambda frame: frontend.extractor.extract(frame.image),

@@ -34,6 +34,7 @@ class RunMeter:
         self.num_lost_episodes = 0
         self.num_stationary = 0
         self.scale_source = "relative"
+        self.mode = "map"
         self.stages_ms = {stage: Samples() for stage in STAGES}
         self.latencies_ms = Samples()
         self.num_matches = Samples()
@@ -129,6 +130,7 @@ class RunMeter:
             mean_stop_layer=self.stop_layers.mean,
             image_conditions=tuple((found.value, count) for found, count in self.image_log.counts.most_common()),
             scale_source=self.scale_source,
+            mode=self.mode,
             radial_distortion=self.radial_distortion,
             self_calibration=self.focal,
             device=device,

@@ -125,6 +125,8 @@ def report_lines(
         *([f"skipped     and {num_more} more"] if (num_more := sum(s.count for s in skipped[_MAX_LISTED:])) else []),
         *(f"fallback    {fallback}" for fallback in s.fallbacks),
     ]
+    if s.mode == "two_view":
+        lines.append("odometry    two_view: a chain of relative poses without a map; errors add up along it")
     if s.self_calibration is not None:
         lines.append(f"calibration {_calibration_line(s.self_calibration)}")
     if s.evaluation is not None:

@@ -67,6 +67,7 @@ class RunSummary:
     image_conditions   (what was wrong with images, how many), the most frequent first; see `ImageCondition`.
     mean_stop_layer    layers the matcher ran; None where it has none.
     scale_source       unit of the translations, see `PoseEstimate`.
+    mode               of the odometry: "map", or "two_view" for a chain of relative poses.
     radial_distortion  found beyond the calibration: a ray of length r is the ray times 1 - kappa r^2.
     self_calibration   what was found of the focal length; None where it was not asked for.
     device             for example "cpu" or the name of the GPU.
@@ -101,6 +102,7 @@ class RunSummary:
     weights: tuple[UsedWeights, ...]
     fallbacks: tuple[str, ...]
     engine: tuple[str, ...] = ()
+    mode: str = "map"
     image_conditions: tuple[tuple[str, int], ...] = ()
     live: LiveReport | None = None
     self_calibration: FocalEstimate | None = None
