@@ -189,7 +189,7 @@ class Odometry:
             rows0, rows1 = self._map.tracks.shared_rows(origin.track_ids, view.track_ids)
         relative = estimate_first_pose(origin.rays[rows0], view.rays[rows1], self._camera.focal_px, self._two_view)
         # Where the first keyframe is going out of sight a short baseline is better than none.
-        is_leaving = len(rows0) < len(origin.keypoints) / 3
+        is_leaving = len(rows0) < len(origin.keypoints) / 6
         enough_deg = self._config.init_parallax_deg * (0.7 if is_leaving else 1.0)
         if isinstance(relative, RelativePose) and relative.parallax_rad > np.deg2rad(enough_deg):
             step = self._try_first_map(view, matches, relative, rows0, rows1)
