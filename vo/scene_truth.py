@@ -34,11 +34,12 @@ class TruthAlignment:
 
     @property
     def text(self) -> str:
-        """For the screen."""
+        """For the screen, whose panel holds fifty-five letters in a line."""
         if self.kind == "first pose":
             return "truth: laid on the first pose, scale not known yet"
-        scale = f", 1 m = {self.scale:.3g} units" if self.kind == "Sim(3)" else ""
-        return f"truth: {self.kind} of {self.num_pairs} poses{scale}, RMSE {self.rmse:.2g}"
+        if self.kind == "Sim(3)":
+            return f"truth: Sim(3), RMSE {self.rmse:.2g} units, 1 m = {self.scale:.3g} units"
+        return f"truth: {self.kind} of {self.num_pairs} poses, RMSE {self.rmse:.2g} m"
 
 
 class TruthAligner:
