@@ -3,8 +3,8 @@
     python tools/measure_robustness.py kitti:DIR [--config kitti] [--start 60] [--json]
 
 Every case runs the whole odometry on the same frames with one passage damaged. For each: poses, the good frames it took
-to find the camera again, segments, and the ATE (Sim3) beside that of the undamaged run. Features of frames that are the
-same in several cases are computed once.
+to find the camera again, segments, and the ATE (Sim3) beside that of the undamaged run. Features and matches of frames
+that are the same in several cases are computed once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from frontends.base import Extractor, Features
+from frontends.base import Extractor, Features, Matcher, Matches
 from vo.config import Config
 from vo.config_loader import load_config
 from vo.evaluation import compare
@@ -65,17 +65,25 @@ DAMAGES: dict[str, Callable[[Image], Image]] = {"black": black, "blurred": blurr
 
 
 class Memory:
-    """Remembers the features of every image it has seen."""
+    """Remembers the features of every image it has seen, and the matches of every pair of them."""
 
-    def __init__(self, extractor: Extractor) -> None:
-        self._extractor = extractor
+    def __init__(self, extractor: Extractor, matcher: Matcher) -> None:
+        self._extractor, self._matcher = extractor, matcher
         self._known: dict[bytes, Features] = {}
+        # Features are kept for good, so what they are stored under is theirs alone.
+        self._matched: dict[tuple[int, int], Matches] = {}
 
     def extract(self, image: Image) -> Features:
         key = cv2.resize(image, None, fx=0.125, fy=0.125, interpolation=cv2.INTER_AREA).tobytes()
         if key not in self._known:
             self._known[key] = self._extractor.extract(image)
         return self._known[key]
+
+    def match(self, features0: Features, features1: Features) -> Matches:
+        key = id(features0), id(features1)
+        if key not in self._matched:
+            self._matched[key] = self._matcher.match(features0, features1)
+        return self._matched[key]
 
 
 def damaged(frames: Iterator[Frame], name: str, first: int, count: int) -> Iterator[Frame]:
@@ -125,11 +133,11 @@ def measure(
 def cases(spec: str, config: Config, first: int, max_frames: int | None) -> Iterator[Case]:
     device = select_device(config.frontend.device)
     frontend = create_frontend(config.frontend, device)
-    memory = Memory(frontend.extractor)
+    memory = Memory(frontend.extractor, frontend.matcher)
     wanted = [("clean", 0, 1), *((name, 10, 1) for name in DAMAGES), ("missing", 10, 1), ("repeated", 5, 1)]
     for name, count, stride in [*wanted, ("every 3rd frame", 0, 3), ("every 5th frame", 0, 5)]:
         source = open_source(spec)
-        odometry = Odometry(source.camera, config.odometry, config.two_view, frontend.matcher.match)
+        odometry = Odometry(source.camera, config.odometry, config.two_view, memory.match)
         frames = (
             frame
             for frame in damaged(source.frames(), name, first, count)
