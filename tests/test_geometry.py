@@ -364,6 +364,17 @@ def test_each_point_with_its_own_pose():
     assert np.isfinite(flat).all() and np.abs(flat).min() > 1e6 and flat_depth[0] == 0.0
 
 
+def test_fit_rotation_of_a_line_is_no_reflection():
+    """All bearings in one plane: which way is up across it nothing but the absence of mirrors says."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        R = exp_so3(rng.normal(0, 0.3, 3))
+        rays1 = np.stack([rng.uniform(-0.5, 0.5, 40), np.full(40, 0.1)], axis=1)
+        points = homogeneous(rays1) @ R.T
+        found = fit_rotation(points[:, :2] / points[:, 2:], rays1, 1e-3)
+        np.testing.assert_allclose(found, R, atol=1e-9)
+
+
 def test_fit_rotation_without_outliers_is_kabsch():
     rng = np.random.default_rng(2)
     rays1 = rng.uniform(-0.5, 0.5, (60, 2))
