@@ -84,6 +84,8 @@ class Verdict:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     module = options.module
+    # The tests run in a directory of their own.
+    json_file = None if options.json is None else options.json.resolve()
     source = (ROOT / module).read_text(encoding="utf-8")
     faults = faults_in(source)
     chosen = random.Random(options.seed).sample(faults, min(options.count, len(faults)))
@@ -98,9 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_killed = sum(verdict.outcome != SURVIVED for verdict in verdicts)
     share = num_killed / len(verdicts)
     print(f"{module}: {num_killed} of {len(verdicts)} faults killed ({100 * share:.0f} %), {len(faults)} possible")
-    if options.json is not None:
+    if json_file is not None:
         tree = result_tree(options, len(faults), verdicts, tests)
-        options.json.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     return 0 if share >= options.minimum else 1
 
 
