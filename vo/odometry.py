@@ -286,7 +286,7 @@ class Odometry:
         self._extend(view, previous, matches.indices)
         posed: Posed | Rejection | None = self._poser.by_prior(view, previous, matches, self._last_motion)
         if posed is None and self._status is TrackingStatus.LOST:
-            # It has been looked for from here before: two views that hardly overlap take longest to say so.
+            # Two views that hardly overlap take longest to say so; the search below begins at the newest keyframes.
             return self._recover(view, matches, Rejection.TOO_FEW_INLIERS)
         if posed is None:
             motion = self._poser.relative_motion(view, previous, matches)
