@@ -61,6 +61,7 @@ LAYERS = (
     },
     {
         "vo.window",
+        "vo.odometry_step",
         "vo.scale",
         "vo.scale_source",
         "vo.posing",

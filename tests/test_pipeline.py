@@ -26,7 +26,7 @@ from vo.config import Config, FrontendConfig, PipelineConfig
 from vo.evaluation import compare
 from vo.frontend import Frontend, create_frontend, create_frontend_or_orb, select_device
 from vo.interrupts import stop_on_signals
-from vo.odometry import OdometryStep
+from vo.odometry_step import OdometryStep
 from vo.pipeline import drops_oldest, run
 from vo.run_meter import RunMeter
 from vo.sources import SkippedFrame

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vo.geometry import exp_se3
 from vo.map_store import MapStore
 from vo.message_types import PointsUpdate
-from vo.odometry import OdometryStep
+from vo.odometry_step import OdometryStep
 from vo.output import OutputError
 from vo.path_sketch import PathSketch
 from vo.refined import REFINED_NAME, RefinedFile, RefinedTrajectory

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from frontends.base import Features, Matches
 from vo.channel import Channel
 from vo.match_ahead import MatchAhead
-from vo.odometry import OdometryStep
+from vo.odometry_step import OdometryStep
 from vo.run_meter import RunMeter
 from vo.sources import SkippedFrame
 from vo.stages import FrameResult, StageOptions, Stages

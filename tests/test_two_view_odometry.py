@@ -17,7 +17,7 @@ from vo.cli import main
 from vo.config import Config, OdometryConfig, TwoViewConfig
 from vo.config_loader import load_config
 from vo.geometry import exp_se3, exp_so3, invert_pose, log_se3, make_pose, rotation_angle
-from vo.odometry import OdometryStep
+from vo.odometry_step import OdometryStep
 from vo.pair_poses import PairPoser, PairsAhead
 from vo.pipeline import run
 from vo.stages import FrameResult

@@ -26,7 +26,8 @@ from vo.config import Config
 from vo.config_loader import load_config
 from vo.evaluation import compare
 from vo.frontend import Frontend, create_frontend
-from vo.odometry import Odometry, OdometryStep
+from vo.odometry import Odometry
+from vo.odometry_step import OdometryStep
 from vo.sources import Source, open_source
 from vo.trajectory import Trajectory, read_trajectory
 from vo.types import Camera, Frame, TrackingStatus

@@ -33,7 +33,8 @@ from vo.bench_statistics import time_call
 from vo.config import Config
 from vo.evaluation import compare, mutual_nearest
 from vo.geometry import essential_matrix, invert_pose, undistort
-from vo.odometry import Odometry, OdometryStep
+from vo.odometry import Odometry
+from vo.odometry_step import OdometryStep
 from vo.relative_pose import estimate_relative_pose
 from vo.sources import Source, open_source
 from vo.trajectory import Trajectory, read_trajectory

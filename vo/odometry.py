@@ -8,7 +8,7 @@ RELOCALIZED   the first frame found again in the same map.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from vo.absolute_pose import AbsolutePose
 from vo.config import OdometryConfig, RelativeScaleConfig, TwoViewConfig
 from vo.geometry import fit_rotation, invert_pose, make_pose, ray_depths
 from vo.live_map import LiveMap
+from vo.odometry_step import UNKNOWN_TRANSLATION, OdometryStep, counts, step_without_pose
 from vo.posing import MatchFunction, Motion, Posed, Poser
 from vo.relative_pose import estimate_first_pose
 from vo.scale_source import ScaleSource
@@ -28,7 +29,6 @@ from vo.types import (
     Camera,
     FloatArray,
     Frame,
-    FrameTracks,
     MapUpdate,
     PoseEstimate,
     Rejection,
@@ -38,21 +38,6 @@ from vo.types import (
 from vo.window import View
 
 IntArray = NDArray[np.int64]
-
-# Pose uncertainty of a frame that is posed by rotation alone, or held: translation unknown in the map's own unit.
-_UNKNOWN_TRANSLATION = np.diag([1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OdometryStep:
-    """Everything one frame gave: its pose, its tracks, the matches to the previous good frame if any were made, and
-    what the window corrected since the last frame.
-    """
-
-    pose: PoseEstimate
-    tracks: FrameTracks
-    matches: Matches | None = None
-    map_update: MapUpdate | None = None
 
 
 class Odometry:
@@ -271,7 +256,7 @@ class Odometry:
             is_keyframe=restart,
             rejection=rejection,
             is_stationary=is_stationary,
-            covariance=_UNKNOWN_TRANSLATION.copy(),
+            covariance=UNKNOWN_TRANSLATION.copy(),
         )
 
     # --- tracking ---------------------------------------------------------------------------------------------------
@@ -401,6 +386,7 @@ class Odometry:
         rejection: Rejection | None = None,
         covariance: FloatArray | None = None,
     ) -> OdometryStep:
+        num_matches, stop_layer = counts(matches)
         pose = PoseEstimate(
             frame_index=view.frame_index,
             timestamp_ns=view.timestamp_ns,
@@ -408,8 +394,8 @@ class Odometry:
             status=self._status,
             covariance=covariance,
             rejection=rejection,
-            num_matches=0 if matches is None else len(matches),
-            stop_layer=0 if matches is None else matches.stop_layer,
+            num_matches=num_matches,
+            stop_layer=stop_layer,
             num_inliers=num_inliers,
             is_keyframe=is_keyframe,
             is_stationary=is_stationary,
@@ -419,31 +405,22 @@ class Odometry:
         return OdometryStep(pose, self._map.tracks.frame_tracks(view.frame_index, view.timestamp_ns), matches)
 
     def _unposed(self, view: View, matches: Matches | None, rejection: Rejection) -> OdometryStep:
-        num_matches = 0 if matches is None else len(matches)
-        return self._without_pose(view.frame_index, view.timestamp_ns, rejection, matches, num_matches)
+        return self._without_pose(view.frame_index, view.timestamp_ns, rejection, matches)
 
     def _unposed_frame(self, frame: Frame, rejection: Rejection) -> OdometryStep:
         """A frame that was not even looked at; the next one goes on from what was seen before."""
         if self._status is not TrackingStatus.INITIALIZING:
             self._status = TrackingStatus.LOST
-        return self._without_pose(frame.index, frame.timestamp_ns, rejection, None, 0)
+        return self._without_pose(frame.index, frame.timestamp_ns, rejection, None)
 
     def _without_pose(
-        self, frame_index: int, timestamp_ns: int, rejection: Rejection, matches: Matches | None, num_matches: int
+        self, frame_index: int, timestamp_ns: int, rejection: Rejection, matches: Matches | None
     ) -> OdometryStep:
-        pose = PoseEstimate(
-            frame_index=frame_index,
-            timestamp_ns=timestamp_ns,
-            T_world_camera=None,
-            status=TrackingStatus.LOST,
-            rejection=rejection,
-            num_matches=num_matches,
-            stop_layer=0 if matches is None else matches.stop_layer,
+        return step_without_pose(
+            frame_index,
+            timestamp_ns,
+            rejection,
+            matches,
             segment_id=self._map.segment_id,
             scale_source=self._map.scale_name,
         )
-        none = np.zeros(0, np.int64)
-        no_tracks = FrameTracks(
-            frame_index, timestamp_ns, none, np.zeros((0, 2), np.float32), np.zeros(0, np.int32), np.zeros(0, np.bool_)
-        )
-        return OdometryStep(pose, no_tracks, matches)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from vo.image_health import HealthLog
-from vo.odometry import OdometryStep
+from vo.odometry_step import OdometryStep
 from vo.samples import Samples
 from vo.self_calibration import FocalEstimate
 from vo.sources import SkippedFrame

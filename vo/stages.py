@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from frontends.base import Features
 from vo.channel import Channel
 from vo.match_ahead import MatchAhead
-from vo.odometry import OdometryStep
+from vo.odometry_step import OdometryStep
 from vo.run_meter import RunMeter
 from vo.sources import Source
 from vo.types import Frame, SourceError

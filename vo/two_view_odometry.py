@@ -22,7 +22,7 @@ from frontends.base import Features, Matches
 from vo.config import OdometryConfig, TwoViewConfig
 from vo.depth_chain import ChainCovariance, Depths, carried, measured, scale_of
 from vo.geometry import make_pose
-from vo.odometry import OdometryStep
+from vo.odometry_step import UNKNOWN_TRANSLATION, OdometryStep, counts, step_without_pose
 from vo.pair_poses import PairMotion, PairPoser, PairsAhead, SeenFrame
 from vo.posing import MatchFunction
 from vo.relative_pose import estimate_first_pose
@@ -48,8 +48,6 @@ _NOISE = 0.5
 # A translation is taken once its direction is known as well as this, 1 sigma; where its first frame is going out of
 # sight a poor one is better than none.
 _MAX_DIRECTION_RAD, _LEAVING_DIRECTION_RAD = 0.1, 0.4
-# Pose uncertainty of a frame of which the rotation alone is known, while there is no unit of length.
-_UNKNOWN_TRANSLATION = np.diag([1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4])
 
 
 @dataclass(slots=True, eq=False)
@@ -291,7 +289,7 @@ class TwoViewOdometry:
             link.covariance = base.covariance.linked(turned, self._covariance_of_rotation(base, len(motion.rows)))
         if not is_initializing:
             self._status = self._found_status()
-        covariance = _UNKNOWN_TRANSLATION.copy() if is_initializing else None
+        covariance = UNKNOWN_TRANSLATION.copy() if is_initializing else None
         return self._posed(
             link,
             matches,
@@ -359,6 +357,7 @@ class TwoViewOdometry:
         link.lengths += 1
         self._next_track_id += len(born)
         self._previous, self._num_lost = link, 0
+        num_matches, stop_layer = counts(matches)
         pose = PoseEstimate(
             frame_index=link.frame_index,
             timestamp_ns=link.timestamp_ns,
@@ -366,8 +365,8 @@ class TwoViewOdometry:
             status=self._status,
             covariance=link.covariance.of_pose if covariance is None else covariance,
             rejection=rejection,
-            num_matches=0 if matches is None else len(matches),
-            stop_layer=0 if matches is None else matches.stop_layer,
+            num_matches=num_matches,
+            stop_layer=stop_layer,
             num_inliers=num_inliers,
             is_keyframe=is_keyframe,
             is_stationary=is_stationary,
@@ -387,18 +386,4 @@ class TwoViewOdometry:
     def _without_pose(
         self, frame_index: int, timestamp_ns: int, rejection: Rejection, matches: Matches | None
     ) -> OdometryStep:
-        pose = PoseEstimate(
-            frame_index=frame_index,
-            timestamp_ns=timestamp_ns,
-            T_world_camera=None,
-            status=TrackingStatus.LOST,
-            rejection=rejection,
-            num_matches=0 if matches is None else len(matches),
-            stop_layer=0 if matches is None else matches.stop_layer,
-            segment_id=self._segment_id,
-        )
-        none = np.zeros(0, np.int64)
-        nothing = FrameTracks(
-            frame_index, timestamp_ns, none, np.zeros((0, 2), np.float32), np.zeros(0, np.int32), np.zeros(0, np.bool_)
-        )
-        return OdometryStep(pose, nothing, matches)
+        return step_without_pose(frame_index, timestamp_ns, rejection, matches, segment_id=self._segment_id)
