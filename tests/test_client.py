@@ -83,6 +83,25 @@ def test_poses_and_tracks_are_iterated_to_the_end_of_the_run() -> None:
             client.poses()
 
 
+def test_a_pose_is_handed_out_before_the_tracks_behind_it_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with a_publisher() as publisher, Client(publisher.endpoint, [Topic.POSE, Topic.TRACKS]) as client:
+        wait_until_heard(client)
+        publisher.stream.publish_pose(a_pose(0))
+        received(client, 1)  # caught up: what comes now is only published
+        read: list[bytes] = []
+        accept = client.inbox.accept_published
+        monkeypatch.setattr(
+            client.inbox, "accept_published", lambda data, now_s: (read.append(data), accept(data, now_s))
+        )
+        publisher.stream.publish_pose(a_pose(1))
+        for index in range(3):
+            publisher.stream.publish_tracks(some_tracks(index))
+        time.sleep(0.2)
+        topics = [received(client, 1)[0].header.topic for _ in range(2)]
+        num_read = [sum(data.startswith(topic.prefix) for data in read) for topic in (Topic.POSE, Topic.TRACKS)]
+    assert topics == [Topic.POSE, Topic.TRACKS] and num_read == [1, 1]
+
+
 def test_a_late_client_gets_the_map_and_then_its_changes() -> None:
     with a_publisher() as publisher:
         publisher.stream.publish_map(a_map_update(1, [10, 11]))

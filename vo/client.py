@@ -159,8 +159,12 @@ class Client:
         Raises VersionError where the publisher speaks another major version.
         """
         start_s = time.monotonic()
-        if self.inbox.is_full and start_s - self._worked_s < WORK_PERIOD_S:
-            return self.inbox.take()
+        if start_s - self._worked_s < WORK_PERIOD_S:
+            # Whatever came with the last message is taken as it is: the sockets as a whole are looked at less often.
+            self._drain_published()
+            message = self.inbox.take()
+            if message is not None:
+                return message
         deadline_s = None if timeout_s is None else start_s + timeout_s
         ready = self._poller.poll(0)
         while True:
@@ -309,25 +313,33 @@ class Client:
 
     def _drain(self, ready: list[tuple[Any, int]]) -> None:
         """Takes what has arrived; published messages stay in the sockets while others wait to be handed out."""
-        is_full = self.inbox.is_full
         for socket, _ in ready:
             if socket is self._monitor:
                 self.connection_problem = _PROBLEMS.get(recv_monitor_message(self._monitor)["event"])
-            elif socket is self._dealer or not is_full:
-                self._drain_one(socket)
+            elif socket is self._dealer:
+                self._drain_answers()
+        self._drain_published()
         if not self.is_silent:
             self.connection_problem = None
 
-    def _drain_one(self, socket: zmq.Socket[bytes]) -> None:
+    def _drain_answers(self) -> None:
         for _ in range(MAX_DRAINED):
-            # Asking first costs less than the exception of a socket that is empty.
-            if not cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            if not _has_message(self._dealer):
                 return
-            data = socket.recv(zmq.NOBLOCK)
-            if socket is self._dealer:
-                self.inbox.accept_answer(data, time.monotonic())
-            else:
-                self.inbox.accept_published(data, time.monotonic())
+            self.inbox.accept_answer(self._dealer.recv(zmq.NOBLOCK), time.monotonic())
+
+    def _drain_published(self) -> None:
+        """Takes published messages until one can be handed out: a pose does not wait until the tracks are decoded."""
+        for socket in self._subscriptions:
+            for _ in range(MAX_DRAINED):
+                if self.inbox.is_full or not _has_message(socket):
+                    break
+                self.inbox.accept_published(socket.recv(zmq.NOBLOCK), time.monotonic())
+
+
+def _has_message(socket: zmq.Socket[bytes]) -> bool:
+    """Asking first costs less than the exception of a socket that is empty."""
+    return bool(cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def _configure(socket: zmq.Socket[bytes], keys: ClientKeys | None) -> None:
