@@ -27,6 +27,7 @@ LAYERS = (
         "vo.keys",
         "vo.samples",
         "vo.interrupts",
+        "vo.memory",
         "vo.service",
     },
     {

@@ -9,6 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
+from vo.memory import limit_arenas
 from vo.option_types import positive, rate, seconds, size, words
 from vo.shared_options import (
     DEFAULT_ENDPOINT,
@@ -72,6 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     # hundred rows, and OpenMP threads that spin while they wait, then cost up to ten times what they save.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    limit_arenas()
     from vo.run_command import RunRequest, run_command
 
     return run_command(request(RunRequest, options, overrides=tuple(options.set)))
