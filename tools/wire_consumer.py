@@ -63,7 +63,7 @@ def main() -> None:
         if message is not None:
             deadline_s = time.monotonic() + PATIENCE_S
             notes.add(message, now_ns)
-        if select.select([sys.stdin], [], [], 0)[0] and sys.stdin.readline().strip() == "rejoin":
+        if catches_up and select.select([sys.stdin], [], [], 0)[0] and sys.stdin.readline().strip() == "rejoin":
             client.close()
             start_s = time.monotonic()
             client = _connected(endpoint, catches_up)

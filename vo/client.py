@@ -159,14 +159,18 @@ class Client:
         Raises VersionError where the publisher speaks another major version.
         """
         start_s = time.monotonic()
-        if start_s - self._worked_s < WORK_PERIOD_S:
+        deadline_s = None if timeout_s is None else start_s + timeout_s
+        if start_s - self._worked_s >= WORK_PERIOD_S or timeout_s == 0:
+            ready = self._poller.poll(0)
+        else:
             # Whatever came with the last message is taken as it is: the sockets as a whole are looked at less often.
             self._drain_published()
             message = self.inbox.take()
             if message is not None:
                 return message
-        deadline_s = None if timeout_s is None else start_s + timeout_s
-        ready = self._poller.poll(0)
+            if self.inbox.take_end():
+                return None
+            ready = self._wait(deadline_s, start_s)
         while True:
             now_s = self._work(ready)
             message = self.inbox.take()
