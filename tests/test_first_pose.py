@@ -7,7 +7,7 @@ import pytest
 
 from vo.config import TwoViewConfig
 from vo.geometry import exp_se3, exp_so3, log_so3, make_pose, parallax, reproject
-from vo.relative_pose import _differ, _finished, _planar_motions, estimate_first_pose, estimate_relative_pose
+from vo.relative_pose import _differ, _planar_motions, estimate_first_pose, estimate_relative_pose, refined_pose
 from vo.types import FloatArray, Rejection, RelativePose
 
 FOCAL_PX = 500.0
@@ -70,14 +70,14 @@ def test_a_finished_motion_has_the_inliers_and_the_parallax_of_the_scene() -> No
     rays0, rays1 = seen(points_in_space(200), noise_px=0.1)
     rays1[::10] += 0.1  # a tenth of the matches is wrong by 50 px
     start = UNIT_TRUE @ exp_se3(np.array([0.01, 0.01, 0, 0.002, -0.002, 0.001]))
-    pose = _finished(start, rays0, rays1, THRESHOLD)
+    pose = refined_pose(start, rays0, rays1, THRESHOLD)
     assert max(errors_deg(pose.T_camera0_camera1)) < 0.2
     is_wrong = np.arange(200) % 10 == 0
     assert (pose.inliers & ~is_wrong).sum() >= 178 and (pose.inliers & is_wrong).sum() <= 2
     angles = parallax(rays0[~is_wrong], rays1[~is_wrong], T_TRUE[:3, :3])
     assert pose.parallax_rad == pytest.approx(np.median(angles), rel=0.02)
     assert not pose.is_metric and np.linalg.eigvalsh(pose.covariance).min() > -1e-12
-    assert not _finished(start, rays0, rays1 + np.array([0.0, 1.0]), THRESHOLD).inliers.all()
+    assert not refined_pose(start, rays0, rays1 + np.array([0.0, 1.0]), THRESHOLD).inliers.all()
 
 
 @pytest.mark.parametrize(

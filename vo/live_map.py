@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from frontends.base import Features, Matches
-from vo.absolute_pose import AbsolutePose, estimate_absolute_pose
+from frontends.base import Features
 from vo.bundle import WindowSolution
 from vo.config import OdometryConfig
 from vo.geometry import (
@@ -22,12 +21,13 @@ from vo.geometry import (
     rotation_angle,
     undistort,
 )
-from vo.posing import MatchFunction
 from vo.scale_source import ScaleSource
 from vo.self_calibration import FocalEstimate, FocalSearch
 from vo.tracks import TrackTable
 from vo.types import Camera, CameraModel, Frame, MapUpdate
 from vo.window import LensJob, View, Window, WindowChange, WindowJob
+
+IntArray = NDArray[np.int64]
 
 # Dead tracks are cleared away once in so many frames: looking for them takes longer than a frame makes.
 _PRUNE_EVERY = 5
@@ -69,6 +69,7 @@ class LiveMap:
         self._waits_for_window = waits_for_window
         self._window_is_stale = False
         self._refinement: _Refinement | None = None
+        self._given_up = np.zeros(0, np.int64)  # landmarks of which consumers have not been told yet
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="window")
 
     def close(self) -> None:
@@ -143,28 +144,10 @@ class LiveMap:
             or rotation_angle(R_newest_view) > np.deg2rad(self._config.keyframe_rotation_deg)
         )
 
-    def find(self, view: View, match: MatchFunction) -> tuple[AbsolutePose, Matches] | None:
-        """Looks for a lost camera among the keyframes; `view` takes their tracks over where it is found.
-
-        Returns the pose and the matches it rests on.
-        match  called with the features of a keyframe and of `view`.
-        """
-        for keyframe in self.window.likely_views(view):
-            found = match(keyframe.features, view.features)
-            view.track_ids[:] = -1
-            view.track_ids[found.indices[:, 1]] = keyframe.track_ids[found.indices[:, 0]]
-            # Of what an older keyframe saw, only landmarks live on.
-            view.track_ids[~self.tracks.alive(view.track_ids)] = -1
-            points, has_landmark = self.tracks.landmarks(view.track_ids)
-            rows = np.flatnonzero(has_landmark)
-            threshold_px, min_inliers = self._config.pose_threshold_px, 2 * self._config.min_inliers
-            focal_px = self.camera.focal_px
-            pose = estimate_absolute_pose(points[rows], view.rays[rows], focal_px, threshold_px, min_inliers)
-            if isinstance(pose, AbsolutePose):
-                view.track_ids[rows[~pose.inliers]] = -1
-                return pose, found
-        view.track_ids[:] = -1
-        return None
+    def give_up_landmarks(self, track_ids: IntArray) -> None:
+        """Takes points away that cannot be right; their tracks may be given better ones."""
+        self.tracks.drop_landmarks(track_ids)
+        self._given_up = np.union1d(self._given_up, track_ids)
 
     def begin_anew(self) -> None:
         """A new segment without a link to the map so far."""
@@ -174,6 +157,7 @@ class LiveMap:
         self._has_unit, self._pending_factor = False, 1.0
         self._window_is_stale = False
         self._refinement = None
+        self._given_up = np.zeros(0, np.int64)
         self._num_keyframes = 0
 
     # --- the window, beside the frames ------------------------------------------------------------------------------
@@ -240,6 +224,8 @@ class LiveMap:
 
     def _map_update(self, frame_index: int, timestamp_ns: int, change: WindowChange) -> MapUpdate:
         points, _ = self.tracks.landmarks(change.landmark_ids)
+        given_up = self._given_up[~self.tracks.landmarks(self._given_up)[1]]
+        self._given_up = np.zeros(0, np.int64)
         return MapUpdate(
             frame_index=frame_index,
             timestamp_ns=timestamp_ns,
@@ -251,7 +237,7 @@ class LiveMap:
             landmark_ids=change.landmark_ids.copy(),
             landmarks=points,
             landmark_colors=self.tracks.colors(change.landmark_ids),
-            removed_landmark_ids=change.removed_ids.copy(),
+            removed_landmark_ids=np.union1d(change.removed_ids, given_up),
         )
 
     # --- the unit of the map ----------------------------------------------------------------------------------------

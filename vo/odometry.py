@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
-from vo.absolute_pose import AbsolutePose
 from vo.config import OdometryConfig, RelativeScaleConfig, TwoViewConfig
 from vo.geometry import fit_rotation, invert_pose, make_pose, ray_depths
 from vo.live_map import LiveMap
 from vo.odometry_step import UNKNOWN_TRANSLATION, OdometryStep, counts, step_without_pose
-from vo.posing import MatchFunction, Motion, Posed, Poser
+from vo.posing import Found, MatchFunction, Motion, Posed, Poser
 from vo.relative_pose import estimate_first_pose
 from vo.scale_source import ScaleSource
 from vo.self_calibration import FocalEstimate
@@ -279,6 +278,13 @@ class Odometry:
             posed = self._poser.by_motion(view, previous, motion, self._last_motion)
         if isinstance(posed, Rejection):
             return self._recover(view, matches, posed)
+        if posed.num_inliers < 2 * self._config.min_inliers:
+            # So few would not do to find a lost camera; if the keyframes know better, they are right.
+            tracked = view.track_ids.copy()
+            found = self._poser.find(view, self._map.window.likely_views(view))
+            if found is not None and found.num_inliers > posed.num_inliers:
+                return self._relocalize(view, found)
+            view.track_ids = tracked
         view.T_world_camera = posed.pose.T_world_camera
         view.track_ids[posed.wrong_rows] = -1
         is_stationary = self._is_still(view)
@@ -321,18 +327,20 @@ class Odometry:
         """Looks for the camera in the map of recent keyframes."""
         if self._status is TrackingStatus.INITIALIZING:
             return self._restart(view, matches, rejection)
-        found = self._map.find(view, self._match)
-        return self._lose(view, matches, rejection) if found is None else self._relocalize(view, *found)
+        found = self._poser.find(view, self._map.window.likely_views(view))
+        return self._lose(view, matches, rejection) if found is None else self._relocalize(view, found)
 
-    def _relocalize(self, view: View, pose: AbsolutePose, matches: Matches) -> OdometryStep:
-        view.T_world_camera = pose.T_world_camera
+    def _relocalize(self, view: View, found: Found) -> OdometryStep:
+        view.T_world_camera = found.pose.T_world_camera
+        self._map.give_up_landmarks(found.misplaced_ids)
         self._observe(view)
         self._accept(view, is_moving=True)
         self._last_motion = np.eye(4)
         self._map.add_keyframe(view, self._frame)
         self._status = self._found_status()
-        num_inliers = int(pose.inliers.sum())
-        return self._posed_step(view, matches, num_inliers=num_inliers, is_keyframe=True, covariance=pose.covariance)
+        return self._posed_step(
+            view, found.matches, num_inliers=found.num_inliers, is_keyframe=True, covariance=found.pose.covariance
+        )
 
     def _found_status(self) -> TrackingStatus:
         return TrackingStatus.RELOCALIZED if self._status is TrackingStatus.LOST else TrackingStatus.TRACKING

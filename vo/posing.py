@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
-from vo.absolute_pose import AbsolutePose, closest_pose, estimate_absolute_pose, refine_absolute_pose
+from vo.absolute_pose import AbsolutePose, closest_pose, estimate_absolute_pose, median, refine_absolute_pose
 from vo.config import OdometryConfig, TwoViewConfig
 from vo.geometry import (
     essential_matrix,
@@ -21,14 +21,20 @@ from vo.geometry import (
     sampson_distance,
     transform,
     translation_scale,
+    translation_votes,
 )
-from vo.relative_pose import estimate_relative_pose
+from vo.relative_pose import estimate_relative_pose, refined_pose
 from vo.tracks import TrackTable, is_among
 from vo.types import FloatArray, Rejection, RelativePose
 from vo.window import View
 
 IntArray = NDArray[np.int64]
 MatchFunction = Callable[[Features, Features], Matches]
+
+# Lengths of a translation that landmarks name agree within this share.
+_VOTE_BAND = 0.15
+# Share of all matches with a keyframe that must agree with a camera which few landmarks place.
+_MIN_CONFIRMING = 0.2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +56,26 @@ class Posed:
     pose: AbsolutePose
     num_inliers: int
     wrong_rows: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """Where a lost camera is.
+
+    pose           its inliers are the landmarks that agree.
+    matches        with the keyframe it was found by.
+    track_ids      (N,) tracks that its features go on with, -1 where they begin one.
+    misplaced_ids  tracks whose landmark cannot be where it is.
+    """
+
+    pose: AbsolutePose
+    matches: Matches
+    track_ids: IntArray
+    misplaced_ids: IntArray
+
+    @property
+    def num_inliers(self) -> int:
+        return int(self.pose.inliers.sum())
 
 
 class Poser:
@@ -150,6 +176,83 @@ class Poser:
         enough = max(self._config.min_inliers, self._config.min_inlier_ratio * len(pose.inliers))
         return num_inliers >= enough
 
+    def find(self, view: View, keyframes: Iterable[View]) -> Found | None:
+        """Looks for a lost camera among keyframes, likely ones first; `view` takes the tracks over of the right one.
+
+        Many landmarks that agree say where it is. A few do where the matches as a whole bear them out: landmarks that
+        were far away have depths by which the camera, come nearer, cannot find itself.
+        """
+        doubtful = []
+        for keyframe in keyframes:
+            found = self._found_in(keyframe, view)
+            if found is not None and found.num_inliers >= 2 * self._config.min_inliers:
+                view.track_ids = found.track_ids
+                return found
+            if found is not None:
+                doubtful.append((found, keyframe))
+        confirmed = [self._confirmed(found, keyframe, view) for found, keyframe in doubtful]
+        best = max(
+            (found for found in confirmed if found is not None), key=lambda found: found.num_inliers, default=None
+        )
+        if best is not None:
+            view.track_ids = best.track_ids
+            return best
+        view.track_ids[:] = -1
+        return None
+
+    def _found_in(self, keyframe: View, view: View) -> Found | None:
+        """The camera against the landmarks that a keyframe has seen."""
+        matches = self._match(keyframe.features, view.features)
+        track_ids = np.full(len(view.track_ids), -1, np.int64)
+        track_ids[matches.indices[:, 1]] = keyframe.track_ids[matches.indices[:, 0]]
+        # Of what an older keyframe saw, only landmarks live on.
+        track_ids[~self._tracks.alive(track_ids)] = -1
+        points, has_landmark = self._tracks.landmarks(track_ids)
+        rows = np.flatnonzero(has_landmark)
+        threshold_px, min_inliers = self._config.pose_threshold_px, self._config.min_inliers
+        pose = estimate_absolute_pose(points[rows], view.rays[rows], self._focal_px, threshold_px, min_inliers)
+        if isinstance(pose, Rejection):
+            return None
+        track_ids[rows[~pose.inliers]] = -1
+        return Found(pose, matches, track_ids, np.zeros(0, np.int64))
+
+    def _confirmed(self, found: Found, keyframe: View, view: View) -> Found | None:
+        """Where all matches with a keyframe put the camera, from where a few landmarks do; None if they do not agree.
+
+        Rotation and direction are those of the matches; the length of the translation is the one that most landmarks
+        name, for those are wrong in their depth above all. Landmarks that the camera does not see where they should be
+        are `misplaced`, and can be placed better from here.
+        """
+        rows0, rows1 = found.matches.indices.T
+        T_keyframe_view = invert_pose(keyframe.T_world_camera) @ found.pose.T_world_camera
+        if not T_keyframe_view[:3, 3].any():
+            return None
+        threshold = self._two_view.threshold_px / self._focal_px
+        relative = refined_pose(T_keyframe_view, keyframe.rays[rows0], view.rays[rows1], threshold)
+        rows0, rows1 = rows0[relative.inliers], rows1[relative.inliers]
+        if len(rows0) < max(2 * self._config.min_inliers, _MIN_CONFIRMING * len(found.matches)):
+            return None
+        ids = keyframe.track_ids[rows0]
+        points, has_landmark = self._tracks.landmarks(ids)
+        points, rays = points[has_landmark], view.rays[rows1[has_landmark]]
+        T = relative.T_camera0_camera1
+        votes, _ = translation_votes(T, transform(invert_pose(keyframe.T_world_camera), points), rays)
+        length, agrees = _most_named(votes, _VOTE_BAND)
+        num_agree = int(np.count_nonzero(agrees))
+        if num_agree < max(self._config.min_inliers, len(votes) / 2):
+            return None
+        T_world_camera = keyframe.T_world_camera @ make_pose(T[:3, :3], T[:3, 3] * length)
+        projected, depth = reproject(T_world_camera, points)
+        off_px = np.linalg.norm(projected - rays, axis=1) * self._focal_px
+        is_misplaced = (depth <= 0) | (off_px > self._config.pose_threshold_px)
+        track_ids = np.full(len(view.track_ids), -1, np.int64)
+        track_ids[rows1] = ids
+        track_ids[~self._tracks.alive(track_ids)] = -1
+        sigma = 1.4826 * median(np.abs(votes[agrees] - length)) / num_agree**0.5
+        covariance = _sized_covariance(relative.covariance, T, length, sigma)
+        pose = AbsolutePose(T_world_camera, covariance, agrees, found.pose.sigma_px)
+        return Found(pose, found.matches, track_ids, ids[has_landmark][is_misplaced])
+
     def reconnect(self, view: View, others: Sequence[View], posed: Posed) -> Posed:
         """Finds tracks again that the previous frame missed, by matching to keyframes, and refines the pose with them.
 
@@ -189,3 +292,22 @@ class Poser:
         )
         view.track_ids[rows1[agrees]] = ids[agrees]
         return int(agrees.sum())
+
+
+def _most_named(votes: FloatArray, band: float) -> tuple[float, NDArray[np.bool_]]:
+    """The median of the votes (N,) around the one that most others come close to, by a share of it; and those (N,)."""
+    ordered = np.sort(votes[votes > 0])
+    if len(ordered) == 0:
+        return 0.0, np.zeros(len(votes), np.bool_)
+    first = np.searchsorted(ordered, ordered * (1 - band))
+    end = np.searchsorted(ordered, ordered * (1 + band), side="right")
+    best = int(np.argmax(end - first))
+    length = median(ordered[first[best] : end[best]])
+    return length, np.abs(votes - length) < band * length
+
+
+def _sized_covariance(covariance: FloatArray, T_0_1: FloatArray, length: float, sigma: float) -> FloatArray:
+    """Covariance (6, 6) of a pose with unit translation once that has a length with a standard deviation."""
+    units = np.array([length, length, length, 1.0, 1.0, 1.0])
+    along = np.append(T_0_1[:3, 3] @ T_0_1[:3, :3], np.zeros(3))
+    return covariance * np.outer(units, units) + sigma**2 * np.outer(along, along)

@@ -367,7 +367,7 @@ def estimate_first_pose(
     num_needed = config.min_inliers
     if isinstance(essential, RelativePose):
         num_needed = max(num_needed, int(0.85 * essential.inliers.sum()))
-    planar = [_finished(T, rays0, rays1, threshold) for T in _planar_motions(rays0, rays1, threshold, num_needed)]
+    planar = [refined_pose(T, rays0, rays1, threshold) for T in _planar_motions(rays0, rays1, threshold, num_needed)]
     if not planar:
         return essential
     found = [*planar, essential] if isinstance(essential, RelativePose) else planar
@@ -407,8 +407,12 @@ def _planar_motions(rays0: FloatArray, rays1: FloatArray, threshold: float, num_
     return motions
 
 
-def _finished(T: FloatArray, rays0: FloatArray, rays1: FloatArray, threshold: float) -> RelativePose:
-    """A motion refined on all matches, with its inliers, parallax and covariance."""
+def refined_pose(T: FloatArray, rays0: FloatArray, rays1: FloatArray, threshold: float) -> RelativePose:
+    """The pose (4, 4) of camera 1 in camera 0 refined on all matches (M, 2), with its inliers, parallax and covariance.
+
+    The translation of the result has unit length. Whether matches agree is not judged: `inliers` are within `threshold`
+    of their epipolar lines, on the plane z = 1.
+    """
     T, covariance, distance = _refine_to_noise(T, _MatchedRays(rays0, rays1), threshold)
     inliers = np.abs(distance) < threshold
     angles = parallax(rays0[inliers], rays1[inliers], T[:3, :3])
