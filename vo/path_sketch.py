@@ -18,8 +18,9 @@ class PathSketch:
     def __init__(self, capacity: int = CAPACITY) -> None:
         if capacity < 2:
             raise ValueError(f"capacity: expected at least 2, got {capacity}")
-        self._timestamps_ns = np.zeros(capacity, np.int64)
-        self._T_world_camera = np.zeros((capacity, 4, 4))
+        # Filled, so that the system gives the memory now and not page by page in the hours to come.
+        self._timestamps_ns = np.full(capacity, -1, np.int64)
+        self._T_world_camera = np.full((capacity, 4, 4), np.nan)
         self._begins_part = np.zeros(capacity, np.bool_)
         self._num_kept = self._num_added = 0
         self._stride = 1

@@ -6,9 +6,10 @@ sampling with a reservoir, ACM TOMS 11, 1985) keeps every value while there are 
 
 from __future__ import annotations
 
+import operator
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 CAPACITY = 20_000
@@ -28,8 +29,9 @@ class Samples(Sequence[float]):
         """Raises ValueError for a capacity below 1."""
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
-        self._capacity = capacity
-        self._kept = array("d")
+        # All at once: what grows for an hour leaves holes behind, and looks like a leak meanwhile.
+        self._kept = array("d", bytes(8 * capacity))
+        self._num_kept = 0
         self._random = random.Random(0)
         self._sum = 0.0
         self.num_added = 0
@@ -39,11 +41,12 @@ class Samples(Sequence[float]):
         self.num_added += 1
         self._sum += value
         self.maximum = max(self.maximum, value)
-        if len(self._kept) < self._capacity:
-            self._kept.append(value)
-            return
-        place = int(self._random.random() * self.num_added)
-        if place < self._capacity:
+        place = self._num_kept
+        if place < len(self._kept):
+            self._num_kept += 1
+        else:
+            place = int(self._random.random() * self.num_added)
+        if place < len(self._kept):
             self._kept[place] = value
 
     @property
@@ -51,11 +54,20 @@ class Samples(Sequence[float]):
         return self._sum / self.num_added if self.num_added else None
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return self._num_kept
 
     @overload
     def __getitem__(self, index: int) -> float: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[float]: ...
     def __getitem__(self, index: int | slice) -> float | Sequence[float]:
-        return self._kept[index]
+        return self._kept[: self._num_kept][index] if isinstance(index, slice) else self._kept[self._place(index)]
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._kept[: self._num_kept])
+
+    def _place(self, index: int) -> int:
+        place = operator.index(index)
+        if not -self._num_kept <= place < self._num_kept:
+            raise IndexError(f"sample {place} of {self._num_kept}")
+        return place % self._num_kept if place < 0 else place
