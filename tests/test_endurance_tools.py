@@ -112,3 +112,13 @@ def test_the_tables_show_what_was_found() -> None:
     assert "| 18000 | 6000 | 11990 | 7 | 100 | 170, 240, 400 | 1.70 | 171, 169 | 4 % |" in text
     assert "| `vo run loop:demo` | 60 | 12345 | 2 | 402 | 0.25 % (0.50 %) |" in text
     assert "Not measured yet." in "\n".join(endurance_tables.endurance_lines([], []))
+
+
+def test_the_table_of_camera_faults_compares_with_the_undamaged_run() -> None:
+    case = {"frames": 200, "poses": 200, "frames_to_recover": 0, "segments": 1, "ate_m": 0.2, "rotation_deg": 0.047}
+    hurt = case | {"name": "10 black from 60", "poses": 190, "frames_to_recover": None, "ate_m": 0.25}
+    result = {"command": "run it", "date": "2026-11-28", "cases": [case | {"name": "undamaged"}, hurt]}
+    text = "\n".join(endurance_tables.robustness_lines([result]))
+    assert "| undamaged | 200 of 200 | 0 | 1 | 0.200 | 1.00 | 0.0470 |" in text
+    assert "| 10 black from 60 | 190 of 200 | never | 1 | 0.250 | 1.25 | 0.0470 |" in text
+    assert "Not measured yet." in "\n".join(endurance_tables.robustness_lines([]))

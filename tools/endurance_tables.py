@@ -91,3 +91,33 @@ def _soak_row(soak: Tree) -> tuple[str, ...]:
 def _range(bounds: Sequence[int]) -> str:
     low, high = bounds
     return f"{low}" if low == high else f"{low} to {high}"
+
+
+def robustness_lines(results: Sequence[Tree]) -> list[str]:
+    """One table for each sequence, the undamaged run first; ratios are to its ATE."""
+    lines: list[str] = []
+    for result in results:
+        clean = result["cases"][0]["ate_m"]
+        header = (
+            "frames",
+            "posed",
+            "good frames until found",
+            "segments",
+            "ATE, m",
+            "of undamaged",
+            "rotation, deg/frame",
+        )
+        rows = [
+            (
+                case["name"],
+                f"{case['poses']} of {case['frames']}",
+                "never" if case["frames_to_recover"] is None else f"{case['frames_to_recover']}",
+                f"{case['segments']}",
+                f"{case['ate_m']:.3f}",
+                f"{case['ate_m'] / clean:.2f}",
+                f"{case['rotation_deg']:.4f}",
+            )
+            for case in result["cases"]
+        ]
+        lines += [f"`{result['command']}`, {result['date']}:", "", *table(header, rows, num_left=1), ""]
+    return lines or ["Not measured yet.", ""]

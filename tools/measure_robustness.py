@@ -1,6 +1,6 @@
 """What faults of a camera do to a run: black, blurred, missing, dark and repeated frames, and every n-th frame only.
 
-    python tools/measure_robustness.py kitti:DIR [--config kitti] [--start 60] [--json]
+    python tools/measure_robustness.py kitti:DIR [--config kitti] [--start 30,60,100] [--json FILE]
 
 Every case runs the whole odometry on the same frames with one passage damaged. For each: poses, the good frames it took
 to find the camera again, segments, and the ATE (Sim3) beside that of the undamaged run. Features and matches of frames
@@ -13,8 +13,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 
 # As `vo run` sets it for itself: OpenBLAS' threads spin where they wait, and would take the networks' processor.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -25,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from frontends.base import Extractor, Features, Matcher, Matches
+from vo.bench_machine import portable_source, read_machine
 from vo.config import Config
 from vo.config_loader import load_config
 from vo.evaluation import compare
@@ -35,6 +38,9 @@ from vo.trajectory import Trajectory, read_trajectory
 from vo.types import Frame, PoseEstimate
 
 Image = NDArray[np.uint8]
+
+SCHEMA = "lightvo-robustness/1"
+STARTS, STRIDES = "30,60,100", (3, 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +140,15 @@ def measure(
     )
 
 
-def cases(spec: str, config: Config, first: int, max_frames: int | None) -> Iterator[Case]:
+def cases(spec: str, config: Config, starts: Sequence[int], max_frames: int | None) -> Iterator[Case]:
     device = select_device(config.frontend.device)
     frontend = create_frontend(config.frontend, device)
     memory = Memory(frontend.extractor, frontend.matcher)
-    wanted = [("clean", 0, 1), *((name, 10, 1) for name in DAMAGES), ("missing", 10, 1), ("repeated", 5, 1)]
-    for name, count, stride in [*wanted, ("every 3rd frame", 0, 3), ("every 5th frame", 0, 5)]:
+    kinds = (*((name, 10) for name in DAMAGES), ("missing", 10), ("repeated", 5))
+    passages = [(f"{count} {name} from {first}", name, first, count) for first in starts for name, count in kinds]
+    wanted = [("undamaged", "", 0, 0, 1), *((*passage, 1) for passage in passages)]
+    wanted += [(f"every {stride}. frame", "", 0, 0, stride) for stride in STRIDES]
+    for title, name, first, count, stride in wanted:
         source = open_source(spec)
         odometry = Odometry(source.camera, config.odometry, config.two_view, memory.match)
         frames = (
@@ -147,7 +156,7 @@ def cases(spec: str, config: Config, first: int, max_frames: int | None) -> Iter
             for frame in damaged(source.frames(), name, first, count)
             if frame.index % stride == 0 and (max_frames is None or frame.index < max_frames)
         )
-        yield measure(name, source, frames, memory, odometry, first + count - 1 if count else -1)
+        yield measure(title, source, frames, memory, odometry, first + count - 1)
         source.close()
 
 
@@ -156,21 +165,38 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("source")
     parser.add_argument("--config", help="preset or file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--start", type=int, default=60, help="first damaged frame")
+    parser.add_argument("--start", default=STARTS, help="first damaged frames (default: %(default)s)")
     parser.add_argument("--max-frames", type=int)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     given = parser.parse_args(arguments)
     torch.set_num_threads(2)
-    for case in cases(given.source, load_config(given.config, given.set), given.start, given.max_frames):
-        if given.json:
-            print(json.dumps(asdict(case)), flush=True)
-        else:
-            print(
-                f"{case.name:16} {case.poses:4} of {case.frames:4} poses, found after {case.frames_to_recover}, "
-                f"{case.segments} segments, ATE {case.ate_m:.3f} m, {case.rotation_deg:.4f} deg",
-                flush=True,
-            )
+    done: list[Case] = []
+    starts = [int(start) for start in given.start.split(",")]
+    for case in cases(given.source, load_config(given.config, given.set), starts, given.max_frames):
+        done.append(case)
+        print(
+            f"{case.name:28} {case.poses:4} of {case.frames:4} poses, found after {case.frames_to_recover}, "
+            f"{case.segments} segments, ATE {case.ate_m:.3f} m, {case.rotation_deg:.4f} deg",
+            flush=True,
+        )
+    if given.json is not None:
+        tree = {
+            "schema": SCHEMA,
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": portable_command(given),
+            "machine": asdict(read_machine()),
+            "source": portable_source(given.source),
+            "cases": [asdict(case) for case in done],
+        }
+        given.json.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def portable_command(given: argparse.Namespace) -> str:
+    flags = [*(["--config", given.config] if given.config else []), *(f"--set {setting}" for setting in given.set)]
+    return " ".join(
+        ["python tools/measure_robustness.py", portable_source(given.source), *flags, "--start", given.start]
+    )
 
 
 if __name__ == "__main__":

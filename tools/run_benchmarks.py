@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks"
 # What is done already, for --resume; not a result.
 DONE = RESULTS / ".done"
-GROUPS = ("speed", "matching", "memory", "runs", "wire", "endurance", "peers", "batch", "guard", "faults")
+GROUPS = ("speed", "matching", "memory", "runs", "wire", "endurance", "robustness", "peers", "batch", "guard", "faults")
 
 KITTI, ROOM = "kitti:{data}/kitti/sequences/00", "tum:{data}/tum/rgbd_7scenes_head"
 # What the published methods do, so that both sides of a comparison find the same.
@@ -72,6 +72,7 @@ CASES = (
     Case("wire", "viewer", "", (), 0.5),
     Case("endurance", "live-http", "", (), 10.5),
     Case("endurance", "soak-demo", "demo", (), 61),
+    Case("robustness", "robustness-kitti", KITTI, (), 12),
     Case("peers", "peers", "", ("--minutes", "12"), 12.5),
     Case("batch", "batch-heads", "heads", ("--device", "cpu"), 8),
     Case("guard", "guard", "", (), 3),
@@ -90,6 +91,7 @@ TOOLS = {
     "viewer": "measure_viewer.py",
     "live-http": "measure_live.py",
     "soak-demo": "soak.py",
+    "robustness-kitti": "measure_robustness.py",
 }
 
 
@@ -161,7 +163,7 @@ def measure(case: Case, source: str) -> None:
                 tree = json.loads(Path(output, "batch.json").read_text(encoding="utf-8"))
                 tree["command"] = shlex.join(["vo", "batch", source, "--output", f"out/{source}", *case.flags])
                 result.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        case "peers" | "guard" | "faults" | "wire" | "endurance":
+        case "peers" | "guard" | "faults" | "wire" | "endurance" | "robustness":
             run_tool(TOOLS[case.name], *([source] if source else []), "--json", str(result), *case.flags)
         case _:
             with tempfile.TemporaryDirectory() as output:

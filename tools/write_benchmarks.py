@@ -26,7 +26,7 @@ from benchmark_tables import (
     table,
     trajectory_line,
 )
-from endurance_tables import endurance_lines
+from endurance_tables import endurance_lines, robustness_lines
 from engine_tables import bound_lines, check_lines, engine_lines
 from matching_tables import matcher_gain_lines, own_weights_lines
 from peer_tables import peer_lines
@@ -56,6 +56,7 @@ SCHEMAS = {
     "lightvo-viewer/1": "viewer",
     "lightvo-live/1": "live",
     "lightvo-soak/1": "soak",
+    "lightvo-robustness/1": "robustness",
 }
 
 PROOFS = ("wire", "stuck", "viewer", "live", "soak", "peers", "batch", "pairs", "guard", "guard-check", "faults")
@@ -239,6 +240,12 @@ def render(results: dict[str, list[Tree]]) -> str:
         "",
         *run_lines(results["run"]),
         "",
+        "### What faults of a camera cost",
+        "",
+        "`python tools/measure_robustness.py SOURCE`: the same frames, one passage damaged. Blur is over 31 px; black frames",
+        "and those of a camera that hangs have no pose by design.",
+        "",
+        *robustness_lines(results["robustness"]),
         "## The wire and the viewer",
         "",
         "`tools/measure_wire.py`, `tools/measure_stuck.py`, `tools/measure_viewer.py`.",
