@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import endurance_tables
+import measure_robustness
 import soak
 from measure_live import LiveFigures
 from soak import Sample, judge, look, thinned, watch
@@ -122,3 +124,29 @@ def test_the_table_of_camera_faults_compares_with_the_undamaged_run() -> None:
     assert "| undamaged | 200 of 200 | 0 | 1 | 0.200 | 1.00 | 0.0470 |" in text
     assert "| 10 black from 60 | 190 of 200 | never | 1 | 0.250 | 1.25 | 0.0470 |" in text
     assert "Not measured yet." in "\n".join(endurance_tables.robustness_lines([]))
+
+
+def test_every_fault_is_tried_on_the_bundled_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_robustness.torch, "set_num_threads", lambda _: None)  # the other tests' share, too
+    file = tmp_path / "faults.json"
+    flags = ["--config", "orb", "--start", "12", "--max-frames", "30"]
+    assert measure_robustness.main(["demo", *flags, "--json", str(file)]) == 0
+    result = json.loads(file.read_text(encoding="utf-8"))
+    cases = {case["name"]: case for case in result["cases"]}
+    assert result["command"].endswith("demo --start 12 --config orb --max-frames 30")
+    assert list(cases) == [
+        "undamaged",
+        "10 black from 12",
+        "10 blurred from 12",
+        "10 half exposure from 12",
+        "10 missing from 12",
+        "5 repeated from 12",
+        "every 3. frame",
+        "every 5. frame",
+    ]
+    counts = {name: (case["frames"], case["poses"]) for name, case in cases.items()}
+    assert counts["undamaged"] == (30, 30) and counts["10 half exposure from 12"] == (30, 30)
+    assert counts["10 black from 12"] == (30, 20), "no pose is made up"
+    assert counts["10 missing from 12"] == (20, 20) and counts["every 3. frame"] == (10, 10)
+    assert all(case["frames_to_recover"] == 0 and case["segments"] == 1 for case in cases.values())
+    assert all(case["ate_m"] < 0.02 for case in cases.values())

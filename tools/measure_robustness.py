@@ -193,10 +193,12 @@ def main(arguments: list[str]) -> int:
 
 
 def portable_command(given: argparse.Namespace) -> str:
-    flags = [*(["--config", given.config] if given.config else []), *(f"--set {setting}" for setting in given.set)]
-    return " ".join(
-        ["python tools/measure_robustness.py", portable_source(given.source), *flags, "--start", given.start]
-    )
+    """What was asked for, without the paths of this machine."""
+    flags = ["--start", given.start]
+    flags += ["--config", given.config] if given.config else []
+    flags += [f"--set {setting}" for setting in given.set]
+    flags += [f"--max-frames {given.max_frames}"] if given.max_frames is not None else []
+    return " ".join(["python tools/measure_robustness.py", portable_source(given.source), *flags])
 
 
 if __name__ == "__main__":
