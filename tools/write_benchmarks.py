@@ -259,7 +259,7 @@ def render(results: dict[str, list[Tree]]) -> str:
 
 
 MATCHING_INTRODUCTION = """Measured by `tools/matching_quality.py`. `inliers` agree with the estimated relative pose
-(USAC_MAGSAC and refinement, 1 px); `true inliers` lie within 1.5 px of both epipolar lines of the true motion, and
+(RANSAC and refinement, 1 px); `true inliers` lie within 1.5 px of both epipolar lines of the true motion, and
 `precision` is their share of the matches. Errors are those of the estimated pose over the pairs that were posed; the
 ground truth has an error of its own, so they are worth comparing rather than reading alone. `kept` is the share of
 points that were still in play at the end. `match, ms` is one call without anything known of either frame, so a little
