@@ -87,7 +87,7 @@ SMOKE = TrainingConfig(
     mchan=1,
     dim=64,
     side_px=96,
-    batch_size=4,
+    batch_size=2,
     steps=900,
     minutes=4.5,
     learning_rate=3e-3,
@@ -99,7 +99,7 @@ SMOKE = TrainingConfig(
     warm_up=0.4,
     warp=_GENTLE,
 )
-SMALL = replace(SMOKE, mchan=2, batch_size=2, steps=3000, minutes=None, learning_rate=2e-3)
+SMALL = replace(SMOKE, mchan=2, steps=3000, minutes=None, learning_rate=2e-3)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
