@@ -204,6 +204,23 @@ def test_stuck_consumer_slows_nobody_and_recovers() -> None:
         assert good.inbox.num_lost == dict.fromkeys(good.inbox.num_lost, 0)
 
 
+def test_a_consumer_that_finds_the_end_behind_its_last_message_says_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(ANY_PORT, linger_ms=60_000)
+    with a_publisher(config) as publisher, Client(publisher.endpoint) as client:
+        wait_until_heard(client)
+        publisher.stream.publish_pose(a_pose(0))
+        assert sequences(received(client, 1)) == [0]
+        monkeypatch.setattr("vo.client.WORK_PERIOD_S", 1e12)  # messages that wait are taken without looking further
+        publisher.stream.publish_pose(a_pose(1))
+        closing = threading.Thread(target=publisher.close)
+        closing.start()
+        time.sleep(0.3)  # until both the pose and the end are here: were they not, the test could only pass
+        assert sequences(received(client, 1)) == [1]
+        assert client.receive(0.0001) is None and client.inbox.is_complete
+        closing.join(PATIENCE_S)
+        assert not closing.is_alive()
+
+
 def test_conflating_consumer_gets_the_newest() -> None:
     with (
         a_publisher() as publisher,

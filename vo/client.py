@@ -165,6 +165,7 @@ class Client:
         else:
             # Whatever came with the last message is taken as it is: the sockets as a whole are looked at less often.
             self._drain_published()
+            self._say_goodbye_if_complete()
             message = self.inbox.take()
             if message is not None:
                 return message
@@ -306,9 +307,13 @@ class Client:
         request = self.inbox.next_request(now_s)
         if request is not None:
             self.inbox.note_request(request, now_s, was_sent=self._send(request))
+        self._say_goodbye_if_complete()
+        return now_s
+
+    def _say_goodbye_if_complete(self) -> None:
+        """Before the end is handed out: nobody may receive again then, and the publisher waits for this."""
         if self.inbox.take_farewell():
             self._send(Request(RequestKind.GOODBYE))
-        return now_s
 
     def _wait(self, deadline_s: float | None, now_s: float) -> list[tuple[Any, int]]:
         """Until something arrives, or there is something to ask; the sockets that are ready then."""
