@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,6 +82,20 @@ class Nearest:
         return similarity, indices, nearest < self.config.max_ratio * other
 
 
+def comparable(features: Features) -> Tensor:
+    """Valid descriptors (N, D) whose dot products are larger the more alike they are; binary ones as their `signs`."""
+    descriptors = features.descriptors[: features.num_valid]
+    return signs(descriptors) if descriptors.dtype == torch.uint8 else descriptors
+
+
+def largest_products(queries: Tensor, candidates: Tensor) -> Tensor:
+    """(K0,) dot product of every query (K0, D) with the candidate (K1, D) most like it, both of them `comparable`."""
+    products = _products(queries, candidates)
+    if products.device.type != "cpu":
+        return products.amax(dim=1)
+    return torch.from_numpy(products.numpy().max(axis=1))
+
+
 def signs(descriptors: Tensor) -> Tensor:
     """Bits of (K, B) uint8 as (K, 8 B) of +1 and -1: the product of two such rows is 8 B - 2 Hamming.
 
@@ -103,12 +118,36 @@ def _has_fast_int8() -> bool:
     return hasattr(torch, "_int_mm") and bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
+class _Workspace(threading.local):
+    """Memory of a thread for the products, which are by far the largest thing a match needs: asked for anew each time,
+    it would be torn out of the heap in pieces that only seldom fit again, and a run would grow for an hour.
+    """
+
+    def __init__(self) -> None:
+        # Arrays: a tensor that was made in inference mode cannot be written to outside of it.
+        self._rooms = {torch.int32: np.empty(0, np.int32), torch.float32: np.empty(0, np.float32)}
+
+    def table(self, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
+        """(num_rows, num_columns) of anything, on the CPU; the next call may give the same memory away."""
+        size = num_rows * num_columns
+        if len(self._rooms[dtype]) < size:
+            self._rooms[dtype] = np.empty(size, self._rooms[dtype].dtype)
+        return torch.from_numpy(self._rooms[dtype][:size].reshape(num_rows, num_columns))
+
+
+_workspace = _Workspace()
+
+
 def _products(queries: Tensor, candidates: Tensor) -> Tensor:
-    """(K0, K1) dot products; int32 of int8."""
-    if queries.dtype != torch.int8:
+    """(K0, K1) dot products; int32 of int8. On the CPU they last until the thread asks for others."""
+    if queries.device.type != "cpu":
         return queries @ candidates.T
-    products: Tensor = torch._int_mm(queries, candidates.T)
-    return products
+    if queries.dtype == torch.int8:
+        products = _workspace.table(len(queries), len(candidates), torch.int32)
+        torch._int_mm(queries, candidates.T, out=products)
+        return products
+    products = _workspace.table(len(queries), len(candidates), torch.float32)
+    return torch.matmul(queries.float(), candidates.float().T, out=products)
 
 
 def _row_maxima(products: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import cv2
 import numpy as np
 import pytest
@@ -197,3 +200,47 @@ def test_settings_have_limits() -> None:
         NearestConfig(max_ratio=1.5)
     with pytest.raises(ValueError, match="min_similarity"):
         NearestConfig(min_similarity=-0.1)
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_the_largest_product_is_that_with_the_most_similar_one(is_binary: bool) -> None:
+    rng = np.random.default_rng(9)
+    sides = [
+        rng.integers(0, 256, (count, 32), np.uint8) if is_binary else unit_vectors(rng, count) for count in (7, 30)
+    ]
+    queries, candidates = (nearest.comparable(features(side, num_valid=len(side) - 2)) for side in sides)
+    if is_binary:
+        bits = [np.unpackbits(side[:-2], axis=1).astype(int) for side in sides]
+        expected = (256 - 2 * (bits[0][:, None] != bits[1]).sum(axis=2)).max(axis=1)
+    else:
+        expected = (sides[0][:-2] @ sides[1][:-2].T).max(axis=1)
+    np.testing.assert_allclose(nearest.largest_products(queries, candidates).numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("inference_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+def test_products_take_the_memory_of_those_before(inference_first: bool, dtype: torch.dtype) -> None:
+    """In and out of inference mode; threads do not share it."""
+    rng = np.random.default_rng(10)
+    sides = [torch.from_numpy(rng.integers(-1, 2, (count, 64)).astype(np.int8)).to(dtype) for count in (90, 70, 30)]
+    places, by_thread = [], []
+    for is_inference in (inference_first, not inference_first):
+        with torch.inference_mode(is_inference):
+            for candidates in sides:
+                products = nearest._products(sides[0], candidates)
+                assert torch.equal(products.double(), sides[0].double() @ candidates.double().T)
+                places.append(products.data_ptr())
+    assert len(set(places)) == 1
+    thread = threading.Thread(target=lambda: by_thread.append(nearest._products(sides[0], sides[1])))
+    thread.start()
+    thread.join()
+    assert by_thread[0].data_ptr() != places[0]
+
+
+def test_threads_that_match_at_once_do_not_disturb_each_other() -> None:
+    rng = np.random.default_rng(11)
+    jobs = [[features(rng.integers(0, 256, (count, 32), np.uint8)) for count in (400, 300)] for _ in range(8)]
+    expected = [pairs(Nearest().match(*job)) for job in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert [pairs(matches) for matches in pool.map(lambda job: Nearest().match(*job), jobs)] == expected

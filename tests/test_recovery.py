@@ -17,7 +17,7 @@ from vo.posing import Poser, _most_named
 from vo.scale_source import ScaleSource
 from vo.tracks import TrackTable
 from vo.types import FloatArray, TrackingStatus
-from vo.window import View
+from vo.window import View, Window
 
 NUM_POINTS = 300
 # A third of the way to the points: what was far from the keyframe is near, and its depth matters.
@@ -194,3 +194,30 @@ def test_a_map_without_landmarks_gives_nothing_up() -> None:
     live_map.give_up_landmarks(np.zeros(0, np.int64))
     live_map.close()
     assert live_map.tracks.num_landmarks == 0
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_likely_views_are_the_newest_and_then_those_that_look_most_like_it(is_binary: bool) -> None:
+    """The three newest of twelve; of the others those that share most descriptors with the view, in this order."""
+    rng = np.random.default_rng(5)
+
+    def descriptors(count: int) -> np.ndarray:
+        if is_binary:
+            return rng.integers(0, 256, (count, 32), np.uint8)
+        vectors = rng.normal(size=(count, 64)).astype(np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    seen, pixels = descriptors(90), np.zeros((90, 2))
+    window = Window(OdometryConfig(recovery_keyframes=3), CAMERA.focal_px)
+    order = rng.permutation(90)
+    shared = {2: order[:20], 5: order[20:60], 7: order[60:85]}
+    for index in range(12):
+        other = descriptors(90)
+        rows = shared.get(index, order[:0])
+        other[rows] = seen[rows]
+        keyframe = a_view(index, np.eye(4), np.ones((90, 3)), rng)
+        keyframe.features = as_features(pixels, other)
+        (window.older if index < 6 else window.keyframes).append(keyframe)
+    view = a_view(12, np.eye(4), np.ones((90, 3)), rng)
+    view.features = as_features(pixels, seen)
+    assert [keyframe.frame_index for keyframe in window.likely_views(view)] == [11, 10, 9, 5, 7, 2]

@@ -8,15 +8,15 @@ import sys
 
 # mallopt(3); the number is part of glibc's interface.
 _M_ARENA_MAX = -8
-NUM_ARENAS = 2
+NUM_ARENAS = 1
 
 
 def limit_arenas(num_arenas: int = NUM_ARENAS) -> bool:
-    """Let the threads of this process share a few of the C library's pools of memory; whether that is so now.
+    """Let the threads of this process share the C library's pools of memory; whether that is so now.
 
     glibc makes a pool for nearly every thread that asks for memory, eight to a core, and what lies free in one is of no
-    use to another: a run kept 16 of them, and they went on growing for half an hour. Two are as fast where one
-    interpreter hands out the work. Must be called before the threads begin. Where the user has chosen
+    use to another: a run kept 16 of them, and they went on growing for half an hour. One is as fast where one
+    interpreter hands out the work, for small pieces wait in a cache of every thread. Must be called before the threads begin. Where the user has chosen
     (MALLOC_ARENA_MAX, GLIBC_TUNABLES) or the C library knows no such pools, nothing is done.
     """
     if sys.platform != "linux" or "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.getenv("GLIBC_TUNABLES", ""):

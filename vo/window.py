@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
+from frontends.nearest import comparable, largest_products
 from vo.absolute_pose import estimate_absolute_pose
 from vo.bundle import FocalPrior, RadialPrior, WindowProblem, WindowSolution, corrected_rays, optimize_window
 from vo.config import OdometryConfig
@@ -158,8 +159,11 @@ class Window:
         others = [keyframe for keyframe in (*self.older, *self.keyframes) if all(keyframe is not v for v in newest)]
         if not others or view.features.num_valid == 0:
             return newest
-        queries = _comparable(view.features)[:_NUM_VOTES]
-        nearest = torch.stack([(queries @ _comparable(other.features).T).amax(dim=1) for other in others])
+        queries = comparable(view.features)[:_NUM_VOTES]
+        # One table from the start: small results between large intermediate ones would keep their memory from the next.
+        nearest = torch.empty(len(others), len(queries), device=queries.device)
+        for row, other in enumerate(others):
+            nearest[row] = largest_products(queries, comparable(other.features))
         votes = torch.bincount(nearest.argmax(dim=0), minlength=len(others)).tolist()
         ranked = sorted(range(len(others)), key=lambda i: -votes[i])[:count]
         return [*newest, *(others[i] for i in ranked if votes[i] > 0)]
@@ -420,14 +424,6 @@ class Window:
             T = view.T_world_camera.copy()
             T[:3, 3] = center + factor * (T[:3, 3] - center)
             view.T_world_camera = T
-
-
-def _comparable(features: Features) -> torch.Tensor:
-    """Descriptors (N, D) whose dot product is larger the more alike they are; bits of binary ones become -1 and 1."""
-    descriptors = features.descriptors[: features.num_valid]
-    if descriptors.dtype != torch.uint8:
-        return descriptors
-    return torch.from_numpy(np.unpackbits(descriptors.cpu().numpy(), axis=1)).float().mul_(2).sub_(1)
 
 
 def _inverse_depths(view: View, rows: IntArray) -> FloatArray:
