@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import least_squares
 from scipy.stats import chi2
-from two_view_scene import FOCAL_PX, pose_error, scene
+from two_view_scene import FOCAL_PX, pose_error, scene, with_outliers
 
 from vo.config import TwoViewConfig
 from vo.geometry import (
@@ -30,7 +30,10 @@ from vo.geometry import (
 )
 from vo.relative_pose import (
     _best_decomposition,
+    _explained_by_rotation,
     _MatchedRays,
+    _searched_solution,
+    _solution_near,
     _tangent_basis,
     estimate_relative_pose,
     refine_relative_pose,
@@ -43,19 +46,84 @@ CONFIG = TwoViewConfig()
 @pytest.mark.parametrize("method", ["usac_fast", "usac_magsac", "usac_accurate", "ransac"])
 def test_relative_pose_is_camera1_in_camera0(method):
     T, _, rays0, rays1 = scene()
+    rays1, wrong = with_outliers(rays1)
     relative = estimate_relative_pose(rays0, rays1, FOCAL_PX, TwoViewConfig(method=method))
     assert isinstance(relative, RelativePose)
     expected = make_pose(T[:3, :3], T[:3, 3] / np.linalg.norm(T[:3, 3]))
     np.testing.assert_allclose(relative.T_camera0_camera1, expected, atol=1e-6)
-    assert relative.inliers.all()
+    assert relative.inliers[~wrong].all()
     assert not relative.is_metric
+
+
+motions = st.tuples(
+    arrays(np.float64, 3, elements=st.floats(-1.0, 1.0)).filter(lambda t: np.linalg.norm(t) > 0.3),
+    arrays(np.float64, 3, elements=st.floats(-0.15, 0.15)),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(motions, st.integers(0, 5))
+def test_what_nearly_all_matches_agree_on_needs_no_search(motion, seed):
+    """Any motion: the pose that a search finds, within its noise, or none.
+
+    A kernel that shrinks to the noise may come to rest at either of two neighbouring minima.
+    """
+    T = exp_se3(np.concatenate(motion))
+    _, points, rays0, _ = scene(seed)
+    moved = transform(invert_pose(T), points)
+    rays1, _ = with_outliers(moved[:, :2] / moved[:, 2:], 0.06, seed)
+    rng = np.random.default_rng(seed)
+    rays0, rays1 = (rays + rng.normal(0, 0.3 / FOCAL_PX, rays.shape) for rays in (rays0, rays1))
+    seen = moved[:, 2] > 1.0
+    rays0, rays1 = rays0[seen], rays1[seen]
+    threshold, matches = CONFIG.threshold_px / FOCAL_PX, _MatchedRays(rays0, rays1)
+    _, share_turned, R = _explained_by_rotation(rays0, rays1, threshold)
+    near = _solution_near(R, matches, threshold) if share_turned < 0.25 else None
+    event("found" if near is not None else "left to the search")
+    if near is None:
+        return
+    searched = _searched_solution(rays0, rays1, matches, threshold, CONFIG)
+    step = log_se3(invert_pose(searched.T_camera0_camera1) @ near.T_camera0_camera1)
+    sigma = np.sqrt(np.diag(searched.covariance)) + 1e-9
+    unit = np.linalg.svd((near.T_camera0_camera1[:3, :3].T @ near.T_camera0_camera1[:3, 3])[:, None])[0]
+    across = np.concatenate([unit.T[1:] @ step[:3], step[3:]])
+    assert (np.abs(across) < 3 * max(sigma)).all()
+    assert near.inliers.sum() > 0.98 * searched.inliers.sum()
+    assert near.in_front > 0.95 and searched.in_front > 0.95
+
+
+def test_a_clear_motion_is_found_without_a_search_and_a_doubtful_one_is_searched(monkeypatch):
+    T, _, rays0, rays1 = scene(noise_px=0.2)
+    searches = []
+
+    def find(*_, **__):
+        searches.append(1)
+        return essential_matrix(T), None
+
+    monkeypatch.setattr(cv2, "findEssentialMat", find)
+    for outliers, is_searched in ((0.0, False), (0.08, False), (0.25, True), (0.5, True)):
+        searches.clear()
+        relative = estimate_relative_pose(rays0, with_outliers(rays1, outliers)[0], FOCAL_PX, CONFIG)
+        rotation, direction = pose_error(relative.T_camera0_camera1, T)
+        assert rotation < 0.05 and direction < 0.3
+        assert bool(searches) == is_searched
+
+
+def test_a_second_motion_of_some_matches_is_left_to_the_search(monkeypatch):
+    """A car ahead fills a fifth of the image: nearly all matches is more than that."""
+    T, points, rays0, rays1 = scene(noise_px=0.2)
+    other = exp_se3(np.array([-0.6, 0.0, 0.3, 0.0, -0.02, 0.0]))
+    moved = transform(invert_pose(other), points[:100])
+    rays1[:100] = moved[:, :2] / moved[:, 2:]
+    relative = estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG)
+    rotation, direction = pose_error(relative.T_camera0_camera1, T)
+    assert rotation < 0.05 and direction < 0.3
+    assert relative.inliers[100:].mean() > 0.95
 
 
 def test_relative_pose_survives_outliers_and_marks_them():
     T, _, rays0, rays1 = scene(noise_px=0.3)
-    rng = np.random.default_rng(2)
-    wrong = rng.random(len(rays1)) < 0.4
-    rays1[wrong] += rng.normal(0, 60 / FOCAL_PX, (wrong.sum(), 2))
+    rays1, wrong = with_outliers(rays1, 0.4)
     relative = estimate_relative_pose(rays0, rays1, FOCAL_PX, CONFIG)
     assert isinstance(relative, RelativePose)
     rotation, direction = pose_error(relative.T_camera0_camera1, T)
@@ -134,6 +202,7 @@ def test_covariance_of_the_relative_pose_matches_monte_carlo():
 
 def test_of_several_essential_matrices_the_one_with_most_inliers_is_taken(monkeypatch):
     T, _, rays0, rays1 = scene(noise_px=0.1)
+    rays1, _ = with_outliers(rays1)
     right, wrong = essential_matrix(T), essential_matrix(exp_se3(np.array([1.0, 0.3, -0.2, 0.2, 0.0, 0.1])))
     expected = make_pose(T[:3, :3], T[:3, 3] / np.linalg.norm(T[:3, 3]))
     for stacked in ([right, wrong], [wrong, right], [wrong, right, wrong]):
@@ -149,6 +218,7 @@ def test_of_several_essential_matrices_the_one_with_most_inliers_is_taken(monkey
 
 def test_the_settings_reach_the_estimator(monkeypatch):
     _, _, rays0, rays1 = scene()
+    rays1, _ = with_outliers(rays1)
     asked = {}
 
     def find(points0, points1, K, **settings):

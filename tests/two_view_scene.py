@@ -20,6 +20,15 @@ def scene(seed: int = 0, num_points: int = 500, noise_px: float = 0.0):
     return T, points, rays0 + noise[0], rays1 + noise[1]
 
 
+def with_outliers(rays1, share: float = 0.25, seed: int = 2):
+    """A copy of rays of which so many matches are wrong that only a search can be trusted, and which ones they are."""
+    rng = np.random.default_rng(seed)
+    wrong = rng.random(len(rays1)) < share
+    rays1 = rays1.copy()
+    rays1[wrong] += rng.normal(0, 60 / FOCAL_PX, (wrong.sum(), 2))
+    return rays1, wrong
+
+
 def pose_error(estimate, truth):
     """Rotation error and angle between the translations, both in degrees."""
     rotation = np.rad2deg(rotation_angle(estimate[:3, :3].T @ truth[:3, :3]))

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg.lapack import dsyev
 
 from vo.absolute_pose import median
 from vo.config import TwoViewConfig
 from vo.geometry import (
+    BoolArray,
     essential_matrix,
     exp_so3,
     fit_rotation,
@@ -42,9 +45,15 @@ _SCORED_WITHIN = {"usac_fast": 0.5}
 # Looks at the noise of the inliers, and steps towards the pose, at most. Lengths of steps in standard deviations of the
 # pose: after one below the first the noise may be looked at again, one below the second is the last.
 _MAX_LOOKS, _MAX_STEPS = 4, 25
-_NEAR, _LAST_STEP = 3.0, 0.03
-# Matches that tell at once that a motion is more than a rotation.
-_NUM_IN_HASTE = 128
+_NEAR, _LAST_STEP = 3.0, 0.1
+# Matches that tell at once that a motion is more than a rotation, and that tell on which side of the cameras the points
+# are.
+_NUM_IN_HASTE, _NUM_JUDGING = 128, 256
+# Share of the matches that a rotation fits at most where the translation shows clearly. Of all matches, those near the
+# first solution beside it, and those that the refined one fits; share of these that are before both cameras. What has
+# less is left to the search.
+_CLEARLY_MOVED, _WORTH_REFINING, _NEARLY_ALL, _SURELY_IN_FRONT = 0.25, 0.65, 0.85, 0.95
+_NUM_REWEIGHTINGS = 6
 # Derivatives of a rotation by its right perturbation, (3, 3, 3): R skew(e_k).
 _TURNS = skew(np.eye(3))
 
@@ -61,37 +70,111 @@ def estimate_relative_pose(
     if len(rays0) < max(config.min_inliers, 6):
         return Rejection.TOO_FEW_MATCHES
     threshold = config.threshold_px / focal_px
-    share_turned = 1.0
+    matches, share_turned = _MatchedRays(rays0, rays1), 1.0
+    found: _Solution | Rejection | None = None
     if 0.9 * len(rays0) >= config.min_inliers:
         # Where the camera has only turned, or stands, nothing further is worth its time.
-        no_translation, share_turned = _explained_by_rotation(rays0, rays1, threshold)
+        no_translation, share_turned, R = _explained_by_rotation(rays0, rays1, threshold)
         if no_translation is not None:
             return no_translation
+        if share_turned < _CLEARLY_MOVED:
+            found = _solution_near(R, matches, threshold)
+    if found is None:
+        found = _searched_solution(rays0, rays1, matches, threshold, config)
+    if isinstance(found, Rejection):
+        return found
+    T, inliers = found.T_camera0_camera1, found.inliers
+    inliers0, inliers1 = rays0[inliers], rays1[inliers]
+    # A rotation that fits too few of all matches may still fit nine of ten inliers, where those are few.
+    if share_turned * len(rays0) > 0.8 * len(inliers0) or len(inliers0) < 0.8 * len(rays0):
+        no_translation, _, _ = _explained_by_rotation(inliers0, inliers1, threshold)
+        if no_translation is not None:
+            return no_translation
+    if found.in_front < 0.6:
+        return Rejection.DEGENERATE
+    return RelativePose(T, inliers, median(parallax(inliers0, inliers1, T[:3, :3])), found.covariance)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Solution:
+    """A refined pose (4, 4) with its covariance (6, 6), inliers (M,), and the share of them before both cameras."""
+
+    T_camera0_camera1: FloatArray
+    covariance: FloatArray
+    inliers: BoolArray
+    in_front: float
+
+
+def _solution_near(R: FloatArray, matches: _MatchedRays, threshold: float) -> _Solution | None:
+    """The solution next to a rotation alone, where it fits nearly all matches: then none is left for another one.
+
+    So it is in nearly every pair of neighbouring frames of a video, and takes half the time of a search. What one
+    minimum does not clearly win is left to the search: None.
+    """
+    some = _some(matches.size, _NUM_IN_HASTE)
+    x0, x1 = matches.x0[:, some], matches.x1[:, some]
+    t = _direction_given_rotation(R, x0, x1, threshold)
+    along, against = _num_in_front(R[None], t, x0, x1)[0]
+    T = make_pose(R, t if along >= against else -t)
+    distance = np.abs(matches.seen_with(essential_matrix(T)).distance)
+    if np.count_nonzero(distance < 3 * threshold) < _WORTH_REFINING * matches.size:
+        return None
+    T, covariance, distance = _refine_to_noise(T, matches, threshold)
+    inliers = np.abs(distance) < threshold
+    if np.count_nonzero(inliers) < _NEARLY_ALL * matches.size:
+        return None
+    x0, x1 = matches.some_of(inliers)
+    in_front = float(_num_in_front(T[None, :3, :3], T[:3, 3], x0, x1)[0, 0]) / x0.shape[1]
+    return _Solution(T, covariance, inliers, in_front) if in_front > _SURELY_IN_FRONT else None
+
+
+def _direction_given_rotation(R: FloatArray, x0: FloatArray, x1: FloatArray, threshold: float) -> FloatArray:
+    """The unit translation (3,), up to its sign, of matches (3, M), rows x, y, 1, between which the camera turned by R.
+
+    t^T (x0 x R x1) = 0 is linear in t: its smallest singular vector, reweighted with a Cauchy kernel that follows the
+    residuals down to the threshold, as the distances are from the epipolar lines.
+    """
+    turned = R @ x1
+    normals = np.stack([x0[a] * turned[b] - x0[b] * turned[a] for a, b in ((1, 2), (2, 0), (0, 1))])
+    squares = (x0 * x0 + turned * turned).sum(0)
+    weighted = normals
+    for _ in range(_NUM_REWEIGHTINGS):
+        _, vectors, _ = dsyev(weighted @ normals.T)
+        t = vectors[:, 0]
+        along0, along1 = t @ x0, t @ turned
+        # |t x a|^2 + |t x b|^2 of the two rays: how much a step across moves t^T (a x b), squared.
+        gradient = squares - along0 * along0 - along1 * along1 + 1e-12
+        distance = np.abs(t @ normals) / np.sqrt(gradient)
+        scale = max(1.4826 * median(distance), 0.5 * threshold)
+        weighted = normals / (gradient * (1.0 + (distance / scale) ** 2) ** 2)
+    return np.ascontiguousarray(t)
+
+
+def _searched_solution(
+    rays0: FloatArray, rays1: FloatArray, matches: _MatchedRays, threshold: float, config: TwoViewConfig
+) -> _Solution | Rejection:
+    """By RANSAC, cheirality and refinement; points may turn out to be behind the cameras, which `in_front` tells."""
     E = _ransac_essential(rays0, rays1, threshold, config)
     if E is None:
         return Rejection.DEGENERATE
-    matches = _MatchedRays(rays0, rays1)
     inliers = np.abs(matches.seen_with(E).distance) < threshold
     if np.count_nonzero(inliers) < config.min_inliers:
         return Rejection.TOO_FEW_INLIERS
-    T, _ = _best_decomposition(E, matches.x0[:, inliers], matches.x1[:, inliers])
+    T, _ = _best_decomposition(E, *matches.some_of(inliers))
     T, covariance, distance = _refine_to_noise(T, matches, threshold)
     inliers = np.abs(distance) < threshold
     if np.count_nonzero(inliers) < config.min_inliers:
         return Rejection.TOO_FEW_INLIERS
     # Where there is little parallax, only the refined matrix tells which side of the cameras the points are on.
-    refined, in_front = _best_decomposition(essential_matrix(T), matches.x0[:, inliers], matches.x1[:, inliers])
+    refined, in_front = _best_decomposition(essential_matrix(T), *matches.some_of(inliers))
     if refined[:3, 3] @ T[:3, 3] < 0 or rotation_angle(refined[:3, :3].T @ T[:3, :3]) > 0.1:
         T, covariance, _ = _refine_to_noise(refined, matches, threshold)
-    inliers0, inliers1 = rays0[inliers], rays1[inliers]
-    # A rotation that fits too few of all matches may still fit nine of ten inliers, where those are few.
-    if share_turned * len(rays0) > 0.8 * len(inliers0) or len(inliers0) < 0.8 * len(rays0):
-        no_translation, _ = _explained_by_rotation(inliers0, inliers1, threshold)
-        if no_translation is not None:
-            return no_translation
-    if in_front < 0.6:
-        return Rejection.DEGENERATE
-    return RelativePose(T, inliers, median(parallax(inliers0, inliers1, T[:3, :3])), covariance)
+    return _Solution(T, covariance, inliers, in_front)
+
+
+def _some(num: int, num_wanted: int) -> slice:
+    """Evenly spread ones of `num`, at least as many as are wanted if there are."""
+    return slice(None, None, max(1, num // num_wanted))
 
 
 def _ransac_essential(
@@ -117,38 +200,45 @@ def _ransac_essential(
 
 
 def _best_decomposition(E: FloatArray, x0: FloatArray, x1: FloatArray) -> tuple[FloatArray, float]:
-    """The pose among the four of E that puts most points before both cameras, and their share; x0, x1: rows x, y, 1.
-
-    The depths that solve depth0 x0 - depth1 R x1 = t in least squares have the signs of two cofactors.
-    """
+    """The pose among the four of E that puts most points before both cameras, and their share; x0, x1: rows x, y, 1."""
     R_a, R_b, t = (np.asarray(part, dtype=np.float64) for part in cv2.decomposeEssentialMat(np.ascontiguousarray(E)))
     rotations, t = np.stack([R_a, R_b]), t[:, 0]
-    turned = rotations @ x1  # (2, 3, N)
-    a, b, c = (x0 * x0).sum(0), (turned * x0).sum(1), (x1 * x1).sum(0)
-    d, e = t @ x0, t @ turned
-    sign0, sign1 = c * d - b * e, b * d - a * e
-    before, behind = (sign0 > 0) & (sign1 > 0), (sign0 < 0) & (sign1 < 0)
-    # For each of the rotations: with t, with -t.
-    counts = np.count_nonzero(np.stack([before, behind], axis=1), axis=2).ravel()
+    counts = _num_in_front(rotations, t, x0, x1).ravel()
     best = int(np.argmax(counts))
     return make_pose(rotations[best // 2], -t if best % 2 else t), float(counts[best]) / x0.shape[1]
 
 
-def _explained_by_rotation(rays0: FloatArray, rays1: FloatArray, threshold: float) -> tuple[Rejection | None, float]:
+def _num_in_front(rotations: FloatArray, t: FloatArray, x0: FloatArray, x1: FloatArray) -> NDArray[np.int64]:
+    """(K, 2) points before both cameras with each rotation (K, 3, 3), with t and with -t; x0, x1: rows x, y, 1.
+
+    The depths that solve depth0 x0 - depth1 R x1 = t in least squares have the signs of two cofactors.
+    """
+    turned = rotations @ x1  # (K, 3, N)
+    a, b, c = (x0 * x0).sum(0), (turned * x0).sum(1), (x1 * x1).sum(0)
+    d, e = t @ x0, t @ turned
+    sign0, sign1 = c * d - b * e, b * d - a * e
+    before, behind = (sign0 > 0) & (sign1 > 0), (sign0 < 0) & (sign1 < 0)
+    counts: NDArray[np.int64] = np.count_nonzero(np.stack([before, behind], axis=1), axis=2)
+    return counts
+
+
+def _explained_by_rotation(
+    rays0: FloatArray, rays1: FloatArray, threshold: float
+) -> tuple[Rejection | None, float, FloatArray]:
     """LOW_PARALLAX or PURE_ROTATION if a rotation alone fits nine of ten matches (M, 2) as well as any translation.
 
-    And the share of matches that it fits. A rotation leaves a two-dimensional residual, so its gate is wider by sqrt(2)
-    than the line distance's. One that is fitted to some of the matches in haste, and does not fit even half of them,
-    tells that there is none.
+    And the share of matches that it fits, and the rotation. It leaves a two-dimensional residual, so its gate is wider
+    by sqrt(2) than the line distance's. One that is fitted to some of the matches in haste, and does not fit even half
+    of them, tells that there is none.
     """
-    some = slice(None, None, max(1, len(rays0) // _NUM_IN_HASTE))
+    some = _some(len(rays0), _NUM_IN_HASTE)
     R, share = _fit_of_rotation(rays0[some], rays1[some], threshold, 3)
     if share < 0.5:
-        return None, share
+        return None, share, R
     R, share = _fit_of_rotation(rays0, rays1, threshold, 4, R)
     if share < 0.9:
-        return None, share
-    return (Rejection.LOW_PARALLAX if rotation_angle(R) < threshold else Rejection.PURE_ROTATION), share
+        return None, share, R
+    return (Rejection.LOW_PARALLAX if rotation_angle(R) < threshold else Rejection.PURE_ROTATION), share, R
 
 
 def _fit_of_rotation(
@@ -289,8 +379,15 @@ class _MatchedRays:
 
     def __init__(self, rays0: FloatArray, rays1: FloatArray) -> None:
         self.x0, self.x1 = (np.ascontiguousarray(homogeneous(rays).T) for rays in (rays0, rays1))
+        self.size = len(rays0)
         self._products = (self.x0[:, None] * self.x1).reshape(9, -1)
         self._slopes = np.zeros((3, 3, len(rays0)))  # room for `_half_slopes`; the last one stays zero
+
+    def some_of(self, chosen: BoolArray) -> tuple[FloatArray, FloatArray]:
+        """(3, N) each: enough of the chosen matches (M,) to judge them by."""
+        rows = np.flatnonzero(chosen)
+        rows = rows[_some(len(rows), _NUM_JUDGING)]
+        return self.x0[:, rows], self.x1[:, rows]
 
     def seen_with(self, E: FloatArray) -> _SeenMatches:
         coefficients = np.zeros((5, 9))
