@@ -1,15 +1,17 @@
-"""Pools of memory: a process of its own, whose C library tells how many it has made."""
+"""Pools of memory, in a process of its own whose C library tells how many it has made; and what is garbage."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 
-from vo.memory import NUM_ARENAS
+from vo.memory import NUM_ARENAS, loaded_objects_left_alone
 
 PROGRAM = """
 import ctypes, sys, tempfile, threading
@@ -83,3 +85,27 @@ def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.sys, "platform", "darwin")
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("the C library was asked"))
     assert not memory.limit_arenas()
+
+
+def test_what_is_loaded_already_is_not_looked_through_for_garbage() -> None:
+    before = gc.get_freeze_count()
+    with loaded_objects_left_alone():
+        assert gc.get_freeze_count() > 10_000
+        kept = weakref.ref(Looped())
+        gc.collect()
+        assert kept() is None, "what is made meanwhile is looked through"
+    assert gc.get_freeze_count() == before
+
+
+def test_a_run_that_fails_looks_through_everything_again() -> None:
+    before = gc.get_freeze_count()
+    with pytest.raises(RuntimeError, match="broken"), loaded_objects_left_alone():
+        raise RuntimeError("broken")
+    assert gc.get_freeze_count() == before
+
+
+class Looped:
+    """Something that only a search for garbage can free."""
+
+    def __init__(self) -> None:
+        self.itself = self

@@ -13,6 +13,7 @@ from frontends.device_faults import device_faults
 from vo.config import Config, GroundTruthScaleConfig
 from vo.frontend import Frontend
 from vo.match_ahead import MatchAhead
+from vo.memory import loaded_objects_left_alone
 from vo.modes import create_odometry
 from vo.run_meter import RunMeter
 from vo.scale import ExternalReadings
@@ -98,7 +99,7 @@ def run(
         max_frames=max_frames,
     )
     try:
-        with device_faults():
+        with device_faults(), loaded_objects_left_alone():
             stages.run(options)
     finally:
         meter.radial_distortion = odometry.radial_distortion
