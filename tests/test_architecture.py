@@ -20,6 +20,7 @@ LAYERS = (
         "vo.geometry",
         "vo.absolute_pose",
         "vo.relative_pose",
+        "vo.first_pose",
         "vo.output",
         "vo.channel",
         "vo.wire",

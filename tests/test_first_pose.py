@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from vo.config import TwoViewConfig
+from vo.first_pose import _differ, _planar_motions, estimate_first_pose
 from vo.geometry import exp_se3, exp_so3, log_so3, make_pose, parallax, reproject
-from vo.relative_pose import _differ, _planar_motions, estimate_first_pose, estimate_relative_pose, refined_pose
+from vo.relative_pose import estimate_relative_pose, refined_pose
 from vo.types import FloatArray, Rejection, RelativePose
 
 FOCAL_PX = 500.0

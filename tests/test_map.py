@@ -18,6 +18,7 @@ from synthetic_world import (
 
 from vo.bundle import RadialPrior, corrected_rays
 from vo.config import DepthScaleConfig, ExternalScaleConfig, GroundTruthScaleConfig, OdometryConfig, TwoViewConfig
+from vo.first_pose import estimate_first_pose
 from vo.geometry import (
     exp_se3,
     homogeneous,
@@ -28,7 +29,6 @@ from vo.geometry import (
 )
 from vo.odometry import Odometry
 from vo.refined import RefinedTrajectory
-from vo.relative_pose import estimate_first_pose
 from vo.scale import ExternalReadings, depths_at
 from vo.scale_source import ScaleSource
 from vo.trajectory import read_trajectory

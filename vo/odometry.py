@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from frontends.base import Features, Matches
 from vo.config import OdometryConfig, RelativeScaleConfig, TwoViewConfig
+from vo.first_pose import estimate_first_pose
 from vo.geometry import fit_rotation, invert_pose, make_pose, ray_depths
 from vo.live_map import LiveMap
 from vo.odometry_step import UNKNOWN_TRANSLATION, OdometryStep, counts, step_without_pose
 from vo.posing import Found, MatchFunction, Motion, Posed, Poser
-from vo.relative_pose import estimate_first_pose
 from vo.scale_source import ScaleSource
 from vo.self_calibration import FocalEstimate
 from vo.stillness import RepeatedImages, is_still

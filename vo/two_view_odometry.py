@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from frontends.base import Features, Matches
 from vo.config import OdometryConfig, TwoViewConfig
 from vo.depth_chain import ChainCovariance, Depths, carried, measured, scale_of
+from vo.first_pose import estimate_first_pose
 from vo.geometry import make_pose
 from vo.odometry_step import UNKNOWN_TRANSLATION, OdometryStep, counts, step_without_pose
 from vo.pair_poses import PairMotion, PairPoser, PairsAhead, SeenFrame
 from vo.posing import MatchFunction
-from vo.relative_pose import estimate_first_pose
 from vo.self_calibration import FocalEstimate
 from vo.stillness import RepeatedImages
 from vo.types import (
