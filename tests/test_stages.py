@@ -1,7 +1,8 @@
-"""Channels and stages under faults: every thread ends, the first error comes out, what was computed is delivered."""
+"""Stages under faults: every thread ends, the first error comes out, what was computed is delivered."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from frontends.base import Features, Matches
-from vo.channel import Channel
 from vo.match_ahead import MatchAhead
 from vo.odometry_step import OdometryStep
 from vo.run_meter import RunMeter
@@ -118,60 +116,6 @@ def failing_at(index: int, error: Exception, made: Callable[[Frame], object] = e
     return stage
 
 
-def test_channel_keeps_order_and_waits_for_room() -> None:
-    channel: Channel[int] = Channel(2)
-    producer = threading.Thread(target=lambda: ([channel.put(i) for i in range(100)], channel.close()))
-    producer.start()
-    assert list(channel) == list(range(100))
-    producer.join()
-    assert channel.num_dropped == 0
-
-
-def test_channel_holds_no_more_than_its_capacity() -> None:
-    channel: Channel[int] = Channel(3)
-    put: list[int] = []
-    producer = threading.Thread(target=lambda: [put.append(i) for i in range(9) if channel.put(i)])
-    producer.start()
-    time.sleep(0.05)
-    assert put == [0, 1, 2]
-    channel.discard()
-    producer.join(5)
-    assert not producer.is_alive()
-    assert put == [0, 1, 2]
-
-
-def test_channel_that_drops_keeps_the_newest() -> None:
-    channel: Channel[int] = Channel(2, drops_oldest=True)
-    assert all(channel.put(i) for i in range(5))
-    channel.close()
-    assert (list(channel), channel.num_dropped) == ([3, 4], 3)
-
-
-def test_closed_channel_takes_nothing_and_gives_the_rest() -> None:
-    channel: Channel[int] = Channel(2)
-    channel.put(1)
-    channel.close()
-    assert not channel.put(2)
-    assert list(channel) == [1]
-    assert list(channel) == []
-    with pytest.raises(ValueError, match="capacity"):
-        Channel(0)
-
-
-@settings(deadline=None, max_examples=25)
-@given(num_items=st.integers(0, 60), capacity=st.integers(1, 8), drops=st.booleans())
-def test_channel_loses_only_what_it_counts(num_items: int, capacity: int, drops: bool) -> None:
-    channel: Channel[int] = Channel(capacity, drops_oldest=drops)
-    producer = threading.Thread(target=lambda: ([channel.put(i) for i in range(num_items)], channel.close()))
-    producer.start()
-    taken = list(channel)
-    producer.join()
-    assert taken == sorted(taken)
-    assert len(taken) + channel.num_dropped == num_items
-    assert drops or channel.num_dropped == 0
-    assert not taken or taken[-1] == num_items - 1
-
-
 @BOTH
 def test_every_frame_arrives_in_order(options: StageOptions) -> None:
     run = Run()
@@ -180,6 +124,22 @@ def test_every_frame_arrives_in_order(options: StageOptions) -> None:
     assert (run.meter.num_read, run.meter.num_processed, run.meter.num_dropped) == (20, 20, 0)
     assert run.meter.num_poses == 20
     assert run.source.num_closed >= 1
+
+
+@BOTH
+def test_stages_take_short_turns_with_the_interpreter(options: StageOptions) -> None:
+    """While the threads run, and only then; a turn that somebody made shorter still is kept."""
+    before_s = sys.getswitchinterval()
+    for given_s, expected_s in ((before_s, 0.0005 if options.is_threaded else before_s), (0.0001, 0.0001)):
+        seen_s: list[float] = []
+        run = Run(sink=lambda result, seen_s=seen_s: seen_s.append(sys.getswitchinterval()))  # type: ignore[misc]
+        sys.setswitchinterval(given_s)
+        try:
+            run.run(options)
+            assert sys.getswitchinterval() == pytest.approx(given_s, abs=5e-6)
+        finally:
+            sys.setswitchinterval(before_s)
+        assert seen_s == pytest.approx([expected_s] * 20, abs=5e-6)
 
 
 @BOTH

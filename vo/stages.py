@@ -6,10 +6,11 @@ what the odometry would ask for in "track", and the loop leaves it out.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -39,6 +40,10 @@ _CLOSE_AFTER_S = 0.3
 # Frames of a camera that are under way at once, from before the upload to the pose: one is being extracted while the
 # one before is matched and posed. More would wait in front of the slowest stage and only grow old there.
 _NUM_IN_FLIGHT = 2
+# How long a thread keeps the interpreter while others wait for it. A stage that only has to start the next piece of
+# work on a GPU, or to hand a frame on, must not wait as long as a whole pose takes for each of its few steps: Python's
+# own turn is 5 ms.
+_TURN_S = 0.0005
 # The time of a live frame that is older, or lies ahead, is on another clock.
 _MAX_AGE_NS = 10_000_000_000
 
@@ -156,7 +161,8 @@ class Stages:
         self._meter.start()
         try:
             if options.is_threaded:
-                self._run_threads(options)
+                with _short_turns():
+                    self._run_threads(options)
             else:
                 self._run_loop(options)
         finally:
@@ -318,6 +324,16 @@ class Stages:
         end_ns = time.monotonic_ns()
         self._meter.add_stage("publish", end_ns - start_ns)
         self._meter.add_frame(result.step, end_ns - result.captured.captured_ns)
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(min(before_s, _TURN_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before_s)
 
 
 def _same(captured: Captured) -> Captured:
