@@ -41,11 +41,13 @@ class LoadedExtractor:
     """An extractor and the file its weights came from; None for one without weights.
 
     remark  what the summary of a run has to say of it, None where there is nothing.
+    second  the file of what the first one lacks, where it lacks something.
     """
 
     extractor: Extractor
     weights: WeightsFile | None
     remark: str | None = None
+    second: WeightsFile | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +65,7 @@ class LoadedPairMatcher:
     matcher: PairMatcher
     weights: WeightsFile | None
     remark: str | None = None
+    second: WeightsFile | None = None
 
 
 def create_extractor(config: ExtractorConfig, device: torch.device) -> LoadedExtractor:
@@ -82,7 +85,9 @@ def create_extractor(config: ExtractorConfig, device: torch.device) -> LoadedExt
             return LoadedExtractor(Orb(config), None)
         case XFeatStarConfig() | LoftrConfig():
             pair = create_pair_matcher(config, device)
-            return LoadedExtractor(PointFollower(pair.matcher, config.following), pair.weights, pair.remark)
+            return LoadedExtractor(
+                PointFollower(pair.matcher, config.following), pair.weights, pair.remark, pair.second
+            )
 
 
 def create_matcher(config: MatcherConfig, extractor_kind: str, device: torch.device) -> LoadedMatcher:
@@ -106,12 +111,11 @@ def create_pair_matcher(config: PairMatcherConfig, device: torch.device) -> Load
             state_dict, file = load_state_dict("xfeat", config.weights)
             if config.weights is not None or has_fine_matcher(state_dict):
                 return LoadedPairMatcher(XFeatStar(config, state_dict, device), file)
-            own, _ = load_state_dict("xfeat-star-fine")
+            own, fine_file = load_state_dict("xfeat-star-fine")
             if config.min_confidence is None:
                 config = replace(config, min_confidence=OUR_MIN_CONFIDENCE)
-            return LoadedPairMatcher(
-                XFeatStar(config, {**state_dict, **_widened(own)}, device), file, _OUR_FINE_MATCHER
-            )
+            matcher = XFeatStar(config, {**state_dict, **_widened(own)}, device)
+            return LoadedPairMatcher(matcher, file, _OUR_FINE_MATCHER, fine_file)
         case LoftrConfig(weights="random"):
             remark = "random weights take the place of trained ones, as `weights: random` asks: matches mean nothing"
             return LoadedPairMatcher(Loftr(config, random_network(config, device), device), None, remark)

@@ -92,4 +92,6 @@ def test_xfeat_star_refines_with_our_fine_matcher_where_the_weights_have_none(tm
         pytest.skip("the weights at hand are the published ones, which have a fine matcher")
     summary = run(tmp_path, "xfeat-star", "frontend.extractor.max_keypoints=4000", num_frames=6)
     assert len(summary["fallbacks"]) == 1 and "xfeat-star-fine" in summary["fallbacks"][0]
+    assert [used["name"] for used in summary["weights"]] == ["xfeat", "xfeat-star-fine"]
+    assert all(len(used["sha256"]) == 64 for used in summary["weights"])
     assert summary["mean_matches"] > 100 and summary["poses"] == 6

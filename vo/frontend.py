@@ -61,7 +61,7 @@ def create_frontend(config: FrontendConfig, device: torch.device) -> Frontend:
     """Loads the networks. Raises WeightsError where their weights cannot be had or do not fit each other."""
     extractor = create_extractor(config.extractor, device)
     matcher = create_matcher(config.matcher, extractor.extractor.kind, device)
-    files = [loaded.weights for loaded in (extractor, matcher) if loaded.weights is not None]
+    files = [file for file in (extractor.weights, extractor.second, matcher.weights) if file is not None]
     engine = create_engine(config.engine, extractor.extractor, matcher.matcher, device)
     return Frontend(
         engine.extractor,
