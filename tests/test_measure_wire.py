@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOOLS = Path(__file__).parents[1] / "tools"
 TOOL = TOOLS / "measure_wire.py"
 sys.path.insert(0, str(TOOLS))
 
 import measure_stuck  # noqa: E402
+import wire_floor  # noqa: E402
 import wire_tables  # noqa: E402
 
 
@@ -30,9 +33,21 @@ def test_nothing_is_lost_by_those_that_keep_up_and_the_others_recover() -> None:
     assert set(result["publish_ms"]) == {"all_keep_up", "one_stopped", "p99_ratio"}
     # In a process that is starved a pose may be late, but no clock runs backwards.
     assert all(entry["p50"] > 0 for entry in result["keep_up"]["latency_ms"].values())
+    assert set(result["floor_ms"]) == {"pose", "tracks"} and all(ms["p50"] > 0 for ms in result["floor_ms"].values())
     text = "\n".join(wire_tables.wire_lines([result], [], []))
+    assert "as many bytes as `pose` by plain sockets" in text
     assert "0 of 1800 messages lost by consumers that keep up, 0 out of order" in text
     assert "With a stuck consumer: not measured yet." in text and "restart of the publisher is noticed by all" in text
+
+
+def test_plain_sockets_bring_every_message_to_every_consumer() -> None:
+    """In order and whole: an age that is not of this second would come of bytes that were taken for a time."""
+    worked: list[int] = []
+    sizes = {"small": 9, "large": 300_000}
+    ages = wire_floor.measure_floor(0.25, 60, sizes, 2, lambda: worked.append(1))
+    assert len(worked) == 15 and {name: len(values) for name, values in ages.items()} == {"small": 30, "large": 30}
+    assert all(-1000 < age < 20_000 for values in ages.values() for age in values)
+    assert wire_floor.percentiles([1.0, 2.0, 3.0]) == {"p50": 2.0, "p99": pytest.approx(2.98), "max": 3.0}
 
 
 def test_stretches_change_places() -> None:

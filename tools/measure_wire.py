@@ -6,7 +6,8 @@ Three consumers keep up, and one more is stopped (SIGSTOP) in the middle and goe
 count. Then another one asks for everything from the first pose on, disconnects and comes back, and at the end the
 publisher is started anew. Prints figures and whether they are within the limits as JSON; exits with 1 if not. `step_ms`
 is a frame of a stand-in for tracking (a least-squares problem of a few ms) with its publication. Such times mean
-something only on a machine that has nothing else to do.
+something only on a machine that has nothing else to do; `floor_ms` is what plain sockets took on it just before and
+after (tools/wire_floor.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
+from wire_floor import measure_floor, percentiles, stand_in
 
 from vo.bench_machine import CpuWatch, read_machine
 from vo.config import PublisherConfig
@@ -44,6 +46,7 @@ SECOND_SESSION_S = 1.0
 CURRENT_AGE_NS = 100_000_000
 CAMERA = Camera(640, 480, np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]]))
 CONSUMER = Path(__file__).parent / "wire_consumer.py"
+MAX_FLOOR_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,11 @@ def main() -> int:
     options = parser.parse_args()
     stopped_s = min(20.0, options.seconds / 3) if options.stopped is None else options.stopped
     watch = CpuWatch()
-    result = measure(Plan(options.seconds, options.rate, options.tracks, stopped_s))
+    plan = Plan(options.seconds, options.rate, options.tracks, stopped_s)
+    before = floor(plan)
+    result = measure(plan)
+    after = floor(plan)
+    result["floor_ms"] = {name: percentiles([*ages, *after[name]]) for name, ages in before.items()}
     result = {
         "schema": SCHEMA,
         "date": datetime.now(UTC).date().isoformat(),
@@ -133,6 +140,16 @@ def main() -> int:
         options.json.write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0 if all(result["within_limits"].values()) else 1
+
+
+def floor(plan: Plan) -> dict[str, list[float]]:
+    """Ages in ms of as many bytes on plain sockets."""
+    sizes = {}
+    stream = MessageStream(CAMERA)
+    stream.add_consumer(lambda message: sizes.update({message.topic.value: len(message.data)}))
+    stream.publish_pose(_pose(0))
+    stream.publish_tracks(_tracks(plan.num_tracks))
+    return measure_floor(min(plan.seconds / 4, MAX_FLOOR_S), plan.rate_hz, sizes, NUM_KEEPERS + 1, stand_in())
 
 
 def measure(plan: Plan) -> dict:  # type: ignore[type-arg]
@@ -161,8 +178,7 @@ def measure(plan: Plan) -> dict:  # type: ignore[type-arg]
 
 def _publish_frames(publisher: Publisher, plan: Plan, stopped: Consumer) -> Timing:
     """The first session: frames at their times, and one consumer stopped meanwhile."""
-    timing, tracks, stream = Timing(), _tracks(plan.num_tracks), _stream_of(publisher)
-    problem = np.random.default_rng(1).normal(size=(1200, 60))
+    timing, tracks, stream, work = Timing(), _tracks(plan.num_tracks), _stream_of(publisher), stand_in()
     is_stopped = False
     start_s = time.monotonic()
     for index in range(plan.num_frames):
@@ -176,7 +192,7 @@ def _publish_frames(publisher: Publisher, plan: Plan, stopped: Consumer) -> Timi
             stopped.process.send_signal(signal.SIGCONT)
             is_stopped = False
         step_start_s = time.perf_counter()
-        np.linalg.lstsq(problem, problem[:, 0], rcond=None)
+        work()
         publish_start_s = time.perf_counter()
         stream.publish_pose(_pose(index))
         stream.publish_tracks(dataclasses.replace(tracks, frame_index=index, timestamp_ns=index * 16_666_667))
@@ -236,7 +252,7 @@ def _tracks(num_tracks: int) -> FrameTracks:
 def _summary(plan: Plan, counts: dict[str, int], timing: Timing, reports: list[dict], restarted_ns: int) -> dict:  # type: ignore[type-arg]
     *keepers, stopped, rejoiner = reports
     latency_ms = {
-        topic: _percentiles(
+        topic: percentiles(
             np.concatenate([report["topics"][topic]["ages_ns"][: plan.num_frames] for report in keepers]) * 1e-6
         )
         for topic in ("pose", "tracks")
@@ -285,13 +301,8 @@ def _seconds_until_current(report: dict, went_on_ns: int) -> float | None:  # ty
 
 
 def _compared(durations_ms: dict[bool, list[float]]) -> dict:  # type: ignore[type-arg]
-    without, with_stuck = _percentiles(durations_ms[False]), _percentiles(durations_ms[True])
+    without, with_stuck = percentiles(durations_ms[False]), percentiles(durations_ms[True])
     return {"all_keep_up": without, "one_stopped": with_stuck, "p99_ratio": with_stuck["p99"] / without["p99"]}
-
-
-def _percentiles(values: np.ndarray | list[float]) -> dict[str, float]:
-    p50, p99, top = np.percentile(values, (50, 99, 100))
-    return {"p50": float(p50), "p99": float(p99), "max": float(top)}
 
 
 if __name__ == "__main__":

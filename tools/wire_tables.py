@@ -32,6 +32,9 @@ def _wire(result: Tree) -> list[str]:
         (f"`{topic}`, publication to consumer, ms", f"{ms['p50']:.2f}", f"{ms['p99']:.2f}", f"{ms['max']:.1f}")
         for topic, ms in keep_up["latency_ms"].items()
     ]
+    for topic, ms in result.get("floor_ms", {}).items():
+        label = f"as many bytes as `{topic}` by plain sockets, nothing encoded or decoded, ms"
+        rows.append((label, f"{ms['p50']:.2f}", f"{ms['p99']:.2f}", f"{ms['max']:.1f}"))
     for name, label in (("publish_ms", "publishing a frame, ms"), ("step_ms", "a stand-in for tracking with it, ms")):
         for key, state in (("all_keep_up", "all keep up"), ("one_stopped", "one stopped")):
             ms = result[name][key]
