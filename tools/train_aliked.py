@@ -61,7 +61,7 @@ FULL = Recipe(
 )
 SMOKE = Recipe(
     TrainerConfig(
-        steps=110, learning_rate=4e-3, warm_up_steps=5, ema_decay=0.95, precision="float32", log_steps=1, validate_s=1e9
+        steps=220, learning_rate=4e-3, warm_up_steps=5, ema_decay=0.95, precision="float32", log_steps=1, validate_s=1e9
     ),
     PairTaskConfig(batch_size=2, num_checked=8, checked_keypoints=128),
     AlikedLossConfig(num_detected=64, num_random=64),
