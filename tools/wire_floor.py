@@ -1,16 +1,13 @@
 """What plain sockets take from here to there: the part of the wire's latency that is the machine's own.
 
-    python tools/wire_floor.py --seconds 15
-
 As many bytes as a pose and its tracks have on the wire go by TCP to consumers in processes of their own, at the same
 rate and after the same stand-in for tracking. Nothing is encoded, kept, asked for or decoded: a consumer waits for the
-bytes and notes how old they are. Prints percentiles in ms as JSON. tools/measure_wire.py measures this before and
-after what it is about, so that both can be told apart.
+bytes and notes how old they are. tools/measure_wire.py measures this before and after what it is about, so that both
+can be told apart. Started as a program this is such a consumer: PORT SIZES, as `measure_floor` starts it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -25,8 +22,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
-# Of `vo/messages.py`, with 1,000 tracks.
-SIZES = {"pose": 700, "tracks": 17_400}
 _TIME = struct.Struct("<q")
 
 Ages = dict[str, list[float]]
@@ -45,7 +40,7 @@ def measure_floor(
     num_frames = round(seconds * rate_hz)
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(60.0)
-        command = [sys.executable, __file__, "--receive", str(server.getsockname()[1]), json.dumps(dict(sizes))]
+        command = [sys.executable, __file__, str(server.getsockname()[1]), json.dumps(dict(sizes))]
         consumers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(num_consumers)]
         try:
             connections = [server.accept()[0] for _ in consumers]
@@ -91,25 +86,10 @@ def receive(port: int, sizes: Mapping[str, int]) -> Ages:
                 ages[name].append((time.time_ns() - _TIME.unpack_from(message)[0]) * 1e-6)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What plain sockets take on this machine; prints JSON.")
-    parser.add_argument("--seconds", type=float, default=15.0, help="default: %(default)s")
-    parser.add_argument("--rate", type=float, default=60.0, help="frames per second (default: %(default)s)")
-    parser.add_argument("--consumers", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--receive", nargs=2, metavar=("PORT", "SIZES"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.receive is not None:
-        print(json.dumps(receive(int(options.receive[0]), json.loads(options.receive[1]))))
-        return 0
-    ages = measure_floor(options.seconds, options.rate, SIZES, options.consumers, stand_in())
-    print(json.dumps({name: percentiles(values) for name, values in ages.items()}, indent=2))
-    return 0
-
-
 def percentiles(values: np.ndarray | Sequence[float]) -> dict[str, float]:
     p50, p99, top = np.percentile(values, (50, 99, 100))
     return {"p50": float(p50), "p99": float(p99), "max": float(top)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(json.dumps(receive(int(sys.argv[1]), json.loads(sys.argv[2]))))
