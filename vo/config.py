@@ -24,9 +24,7 @@ class TwoViewConfig:
 
     # What is found is refined with a kernel of its own: a slower estimator gives the same pose in the end.
     method: str = setting(
-        "usac_fast",
-        choices=("usac_fast", "usac_magsac", "usac_accurate", "ransac"),
-        help="robust estimator, where matches do not agree by themselves",
+        "usac_fast", choices=("usac_fast", "usac_magsac", "usac_accurate", "ransac"), help="robust estimator"
     )
     threshold_px: float = setting(1.0, minimum=0.05, maximum=20.0, help="inlier distance to the epipolar line, px")
     confidence: float = setting(0.9999, minimum=0.5, maximum=0.999999, help="probability of an all-inlier sample")

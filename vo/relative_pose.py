@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.lapack import dsyev
 
 from vo.absolute_pose import median
 from vo.config import TwoViewConfig
@@ -47,11 +46,6 @@ _NEAR, _LAST_STEP = 3.0, 0.1
 # Matches that tell at once that a motion is more than a rotation, and that tell on which side of the cameras the points
 # are.
 _NUM_IN_HASTE, _NUM_JUDGING = 128, 256
-# Share of the matches that a rotation fits at most where the translation shows clearly. Of all matches, those near the
-# first solution beside it, and those that the refined one fits; share of these that are before both cameras. What has
-# less is left to the search.
-_CLEARLY_MOVED, _WORTH_REFINING, _NEARLY_ALL, _SURELY_IN_FRONT = 0.25, 0.65, 0.85, 0.95
-_NUM_REWEIGHTINGS = 6
 # Derivatives of a rotation by its right perturbation, (3, 3, 3): R skew(e_k).
 _TURNS = skew(np.eye(3))
 
@@ -68,24 +62,20 @@ def estimate_relative_pose(
     if len(rays0) < max(config.min_inliers, 6):
         return Rejection.TOO_FEW_MATCHES
     threshold = config.threshold_px / focal_px
-    matches, share_turned = _MatchedRays(rays0, rays1), 1.0
-    found: _Solution | Rejection | None = None
+    share_turned = 1.0
     if 0.9 * len(rays0) >= config.min_inliers:
         # Where the camera has only turned, or stands, nothing further is worth its time.
-        no_translation, share_turned, R = _explained_by_rotation(rays0, rays1, threshold)
+        no_translation, share_turned = _explained_by_rotation(rays0, rays1, threshold)
         if no_translation is not None:
             return no_translation
-        if share_turned < _CLEARLY_MOVED:
-            found = _solution_near(R, matches, threshold)
-    if found is None:
-        found = _searched_solution(rays0, rays1, matches, threshold, config)
+    found = _searched_solution(rays0, rays1, threshold, config)
     if isinstance(found, Rejection):
         return found
     T, inliers = found.T_camera0_camera1, found.inliers
     inliers0, inliers1 = rays0[inliers], rays1[inliers]
     # A rotation that fits too few of all matches may still fit nine of ten inliers, where those are few.
     if share_turned * len(rays0) > 0.8 * len(inliers0) or len(inliers0) < 0.8 * len(rays0):
-        no_translation, _, _ = _explained_by_rotation(inliers0, inliers1, threshold)
+        no_translation, _ = _explained_by_rotation(inliers0, inliers1, threshold)
         if no_translation is not None:
             return no_translation
     if found.in_front < 0.6:
@@ -103,58 +93,14 @@ class _Solution:
     in_front: float
 
 
-def _solution_near(R: FloatArray, matches: _MatchedRays, threshold: float) -> _Solution | None:
-    """The solution next to a rotation alone, where it fits nearly all matches: then none is left for another one.
-
-    So it is in nearly every pair of neighbouring frames of a video, and takes half the time of a search. What one
-    minimum does not clearly win is left to the search: None.
-    """
-    some = _some(matches.size, _NUM_IN_HASTE)
-    x0, x1 = matches.x0[:, some], matches.x1[:, some]
-    t = _direction_given_rotation(R, x0, x1, threshold)
-    along, against = _num_in_front(R[None], t, x0, x1)[0]
-    T = make_pose(R, t if along >= against else -t)
-    distance = np.abs(matches.seen_with(essential_matrix(T)).distance)
-    if np.count_nonzero(distance < 3 * threshold) < _WORTH_REFINING * matches.size:
-        return None
-    T, covariance, distance = _refine_to_noise(T, matches, threshold)
-    inliers = np.abs(distance) < threshold
-    if np.count_nonzero(inliers) < _NEARLY_ALL * matches.size:
-        return None
-    x0, x1 = matches.some_of(inliers)
-    in_front = float(_num_in_front(T[None, :3, :3], T[:3, 3], x0, x1)[0, 0]) / x0.shape[1]
-    return _Solution(T, covariance, inliers, in_front) if in_front > _SURELY_IN_FRONT else None
-
-
-def _direction_given_rotation(R: FloatArray, x0: FloatArray, x1: FloatArray, threshold: float) -> FloatArray:
-    """The unit translation (3,), up to its sign, of matches (3, M), rows x, y, 1, between which the camera turned by R.
-
-    t^T (x0 x R x1) = 0 is linear in t: its smallest singular vector, reweighted with a Cauchy kernel that follows the
-    residuals down to the threshold, as the distances are from the epipolar lines.
-    """
-    turned = R @ x1
-    normals = np.stack([x0[a] * turned[b] - x0[b] * turned[a] for a, b in ((1, 2), (2, 0), (0, 1))])
-    squares = (x0 * x0 + turned * turned).sum(0)
-    weighted = normals
-    for _ in range(_NUM_REWEIGHTINGS):
-        _, vectors, _ = dsyev(weighted @ normals.T)
-        t = vectors[:, 0]
-        along0, along1 = t @ x0, t @ turned
-        # |t x a|^2 + |t x b|^2 of the two rays: how much a step across moves t^T (a x b), squared.
-        gradient = squares - along0 * along0 - along1 * along1 + 1e-12
-        distance = np.abs(t @ normals) / np.sqrt(gradient)
-        scale = max(1.4826 * median(distance), 0.5 * threshold)
-        weighted = normals / (gradient * (1.0 + (distance / scale) ** 2) ** 2)
-    return np.ascontiguousarray(t)
-
-
 def _searched_solution(
-    rays0: FloatArray, rays1: FloatArray, matches: _MatchedRays, threshold: float, config: TwoViewConfig
+    rays0: FloatArray, rays1: FloatArray, threshold: float, config: TwoViewConfig
 ) -> _Solution | Rejection:
     """By RANSAC, cheirality and refinement; points may turn out to be behind the cameras, which `in_front` tells."""
     E = _ransac_essential(rays0, rays1, threshold, config)
     if E is None:
         return Rejection.DEGENERATE
+    matches = _MatchedRays(rays0, rays1)
     inliers = np.abs(matches.seen_with(E).distance) < threshold
     if np.count_nonzero(inliers) < config.min_inliers:
         return Rejection.TOO_FEW_INLIERS
@@ -220,23 +166,21 @@ def _num_in_front(rotations: FloatArray, t: FloatArray, x0: FloatArray, x1: Floa
     return counts
 
 
-def _explained_by_rotation(
-    rays0: FloatArray, rays1: FloatArray, threshold: float
-) -> tuple[Rejection | None, float, FloatArray]:
+def _explained_by_rotation(rays0: FloatArray, rays1: FloatArray, threshold: float) -> tuple[Rejection | None, float]:
     """LOW_PARALLAX or PURE_ROTATION if a rotation alone fits nine of ten matches (M, 2) as well as any translation.
 
-    And the share of matches that it fits, and the rotation. It leaves a two-dimensional residual, so its gate is wider
+    And the share of matches that it fits. A rotation leaves a two-dimensional residual, so its gate is wider
     by sqrt(2) than the line distance's. One that is fitted to some of the matches in haste, and does not fit even half
     of them, tells that there is none.
     """
     some = _some(len(rays0), _NUM_IN_HASTE)
     R, share = _fit_of_rotation(rays0[some], rays1[some], threshold, 3)
     if share < 0.5:
-        return None, share, R
+        return None, share
     R, share = _fit_of_rotation(rays0, rays1, threshold, 4, R)
     if share < 0.9:
-        return None, share, R
-    return (Rejection.LOW_PARALLAX if rotation_angle(R) < threshold else Rejection.PURE_ROTATION), share, R
+        return None, share
+    return (Rejection.LOW_PARALLAX if rotation_angle(R) < threshold else Rejection.PURE_ROTATION), share
 
 
 def _fit_of_rotation(
@@ -377,7 +321,6 @@ class _MatchedRays:
 
     def __init__(self, rays0: FloatArray, rays1: FloatArray) -> None:
         self.x0, self.x1 = (np.ascontiguousarray(homogeneous(rays).T) for rays in (rays0, rays1))
-        self.size = len(rays0)
         self._products = (self.x0[:, None] * self.x1).reshape(9, -1)
         self._slopes = np.zeros((3, 3, len(rays0)))  # room for `_half_slopes`; the last one stays zero
 
