@@ -375,6 +375,20 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
         train_r2d2.train(config, photos, checkpoint_file=file, resumes=True)
 
 
+def test_a_training_goes_on_from_weights(tmp_path):
+    photos = [photo(seed) for seed in range(4)]
+    config = train_r2d2.TrainingConfig(mchan=1, dim=16, side_px=48, batch_size=2, steps=4, patch_px=8, border=4)
+    first, before, after = train_r2d2.train(config, photos)
+    train_r2d2.write(first.network, tmp_path / "first.pt", config, len(photos), first.step)
+    start = train_r2d2.start_network(tmp_path / "first.pt")
+    second, again, _ = train_r2d2.train(config, photos, start=start)
+    # The loss of random weights is another; batch statistics are those of the pairs, so it is the same number.
+    assert float(again.total) == pytest.approx(float(after.total), rel=1e-5) and again.total != before.total
+    assert second.step == 4 and second.network is not start
+    with pytest.raises(train_r2d2.TrainingError, match="give --mchan"):
+        train_r2d2.train(replace(config, mchan=2), photos, start=start)
+
+
 def test_a_signal_ends_a_training_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(3):
         cv2.imwrite(str(tmp_path / f"{seed}.png"), photo(seed))

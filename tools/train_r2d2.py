@@ -3,6 +3,7 @@
     python tools/train_r2d2.py --photos DIR --output r2d2.pt             a whole training
     python tools/train_r2d2.py --photos DIR --output small.pt --small    a small network, a quarter of an hour on a CPU
     python tools/train_r2d2.py --photos DIR --output tiny.pt --smoke     a tiny one in less than five minutes
+    python tools/train_r2d2.py --photos DIR --output more.pt --smoke --start tiny.pt --minutes 60    go on from weights
 
 Writes a checkpoint of the published form; where the name ends in .safetensors, one in float16 with its recipe. --smoke
 fails (exit code 1) unless the loss on held-out pairs is halved. From the checkpoint that is written beside it
@@ -35,13 +36,14 @@ from packaged_weights import write_weights
 from torch import Tensor
 
 from frontends.base import VoError, check_settings, setting
-from frontends.r2d2_network import R2d2Architecture, R2d2Maps, R2d2Network, checkpoint, normalised
+from frontends.r2d2_network import R2d2Architecture, R2d2Maps, R2d2Network, checkpoint, load_network, normalised
 from frontends.training.average_precision import average_precision, reliability_loss
 from frontends.training.homographic_pairs import TrainingPair, WarpConfig, homographic_pair
 from frontends.training.photos import TrainingError
 from frontends.training.repeatability import peakiness_loss, similarity_loss
 from frontends.training.samplers import DenseMaps, near_far_rows
 from frontends.training.trainer import calls_on_signals, local_device
+from frontends.weights import load_checkpoint
 
 _NUM_HELD_OUT = 16
 _REPORT_S = 10.0
@@ -138,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = local_device(options.device)
         photos = find_photos(options.photos, config.side_px)
         checkpoint_file = options.output.with_name(f"{options.output.name}.checkpoint")
-        training, before, after = train(config, photos, device, checkpoint_file, resumes=options.resume)
+        start = None if options.start is None else start_network(options.start)
+        training, before, after = train(config, photos, device, checkpoint_file, resumes=options.resume, start=start)
     except VoError as error:
         print(f"train_r2d2: error: {error}", file=sys.stderr)
         return 2
@@ -188,6 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where to write the checkpoint")
     parser.add_argument("--smoke", action="store_true", help="a tiny network, five minutes on a CPU")
     parser.add_argument("--small", action="store_true", help="a small network, a quarter of an hour on a CPU")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="checkpoint to go on from, not random weights")
     parser.add_argument("--steps", type=int, help="steps at most")
     parser.add_argument("--minutes", type=float, help="training at most")
     parser.add_argument("--learning-rate", type=float, help="of Adam")
@@ -225,6 +229,12 @@ def find_photos(directory: Path, side_px: int) -> list[NDArray[np.uint8]]:
     return photos
 
 
+def start_network(path: Path) -> R2d2Network:
+    """The network of a checkpoint. Raises WeightsError."""
+    start, _ = load_checkpoint("r2d2", path)
+    return load_network(start.constructor, start.state_dict)
+
+
 @dataclass(slots=True, eq=False)
 class Training:
     """A training between two steps."""
@@ -236,9 +246,15 @@ class Training:
     is_stopped: bool = False
 
     @classmethod
-    def begin(cls, config: TrainingConfig, device: torch.device) -> Training:
+    def begin(cls, config: TrainingConfig, device: torch.device, start: R2d2Network | None = None) -> Training:
+        """With random weights, or on those of `start`, which becomes the network. TrainingError where it is another."""
         torch.manual_seed(config.seed)
         network = R2d2Network(R2d2Architecture(dim=config.dim, mchan=config.mchan))
+        if start is not None:
+            if start.architecture != network.architecture:
+                made_with = f"{start.architecture.constructor}, not {network.architecture.constructor}"
+                raise TrainingError(f"weights to go on from are of {made_with}; give --mchan or another preset")
+            network.load_state_dict(start.state_dict())
         network = network.to(device, memory_format=torch.channels_last)
         return cls(network, torch.optim.Adam(network.parameters(), lr=config.learning_rate, weight_decay=5e-4))
 
@@ -283,12 +299,13 @@ def train(
     checkpoint_file: Path | None = None,
     *,
     resumes: bool = False,
+    start: R2d2Network | None = None,
 ) -> tuple[Training, Losses, Losses]:
-    """A training that is over, and the losses on pairs it did not see, of random weights and of its own.
+    """A training that is over, and the losses on pairs it did not see, of the first weights and of its own.
 
     What a step sees depends on (seed, step) alone; with a checkpoint file, a training that was cut off can go on.
     """
-    training = Training.begin(config, device)
+    training = Training.begin(config, device, start)
     num_held_out = min(_NUM_HELD_OUT, len(photos) // 2)
     held_out, photos = photos[:num_held_out], photos[num_held_out:]
     # Batch statistics on both sides of the comparison: those that are learned would be none before.

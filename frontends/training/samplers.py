@@ -66,7 +66,7 @@ def grid_rows(
     is_counted = is_match | ~is_same_image | (distances > negative_px)
     kept = is_match.any(dim=1)
     images, rows, columns, targets = images[kept], rows[kept], columns[kept], targets[kept]
-    queries = side0.descriptors[images, :, rows, columns]
+    queries = _at(side0.descriptors, torch.stack((images, columns, rows), dim=1))
     scores = queries @ _at(side1.descriptors, places).T
     reliability = _reliability(side0, side1, images, rows, columns, targets)
     return ScoreRows(scores, is_match[kept], is_counted[kept], reliability)
@@ -92,14 +92,21 @@ def near_far_rows(
     if not positive_px < negative_px <= ring_px:
         raise ValueError(f"expected positive_px < negative_px <= ring_px, got {positive_px}, {negative_px}, {ring_px}")
     images, rows, columns, targets = _queries(flow, query_step, border)
-    queries = side0.descriptors[images, :, rows, columns]
-    near, is_near = _around(side1.descriptors, queries, images, targets, 0.0, positive_px)
-    ring, is_ring = _around(side1.descriptors, queries, images, targets, negative_px, ring_px)
-    best = near.masked_fill(~is_near, -torch.inf).amax(dim=1, keepdim=True)
+    queries = _at(side0.descriptors, torch.stack((images, columns, rows), dim=1))
+    near_places, is_near = _around(side1.reliability, images, targets, 0.0, positive_px)
+    ring_places, is_ring = _around(side1.reliability, images, targets, negative_px, ring_px)
     places = _grid(side1.reliability, distractor_step)
+    # All at once: backwards, every look into the maps costs a map of gradients.
+    around = torch.cat((near_places, ring_places), dim=1)
+    found = _at(side1.descriptors, torch.cat((around.flatten(0, 1), places)))
+    num_queries, num_around = around.shape[:2]
+    beside, far = found[: num_queries * num_around], found[num_queries * num_around :]
+    compared = torch.einsum("qmd,qd->qm", beside.view(num_queries, num_around, -1), queries)
+    near, ring = compared[:, : is_near.shape[1]], compared[:, is_near.shape[1] :]
+    best = near.masked_fill(~is_near, -torch.inf).amax(dim=1, keepdim=True)
     distances = torch.linalg.vector_norm(places[None, :, 1:] - targets.round()[:, None], dim=2)
     is_far = (places[None, :, 0] != images[:, None]) | (distances >= negative_px)
-    scores = torch.cat((best, ring, queries @ _at(side1.descriptors, places).T), dim=1)
+    scores = torch.cat((best, ring, queries @ far.T), dim=1)
     is_match = torch.zeros_like(scores, dtype=torch.bool)
     is_match[:, 0] = True
     is_counted = torch.cat((is_match[:, :1], is_ring, is_far), dim=1)
@@ -130,25 +137,29 @@ def _grid(like: Tensor, step: int) -> Tensor:
 
 
 def _at(descriptors: Tensor, places: Tensor) -> Tensor:
-    return descriptors[places[:, 0], :, places[:, 2], places[:, 1]]
+    """(N, D) of maps (B, D, H, W) at places (N, 3): image, x, y."""
+    height, width = descriptors.shape[2:]
+    images, columns, rows = places.T
+    return descriptors.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, (images * height + rows) * width + columns)
 
 
 def _around(
-    descriptors: Tensor, queries: Tensor, images: Tensor, targets: Tensor, nearest_px: float, farthest_px: float
+    like: Tensor, images: Tensor, targets: Tensor, nearest_px: float, farthest_px: float
 ) -> tuple[Tensor, Tensor]:
-    """Scores (Q, M) of the pixels at these distances from the pixel nearest to the target; whether in the image."""
+    """Places (Q, M, 3) in maps (B, H, W) at these distances from the pixel nearest to a target; whether in the image.
+
+    Those that are not are moved onto its edge.
+    """
     reach = int(farthest_px)
     steps = torch.arange(-reach, reach + 1, device=targets.device)
     offsets = torch.cartesian_prod(steps, steps)
     lengths = torch.linalg.vector_norm(offsets.float(), dim=1)
     offsets = offsets[(lengths >= nearest_px) & (lengths <= farthest_px)]
     places = targets.round().long()[:, None] + offsets
-    height, width = descriptors.shape[2:]
-    size = torch.tensor([width, height], device=places.device)
+    size = torch.tensor([like.shape[2], like.shape[1]], device=places.device)
     is_inside = ((places >= 0) & (places < size)).all(dim=2)
     clamped = places.clamp(min=torch.zeros_like(size), max=size - 1)
-    found = descriptors[images[:, None], :, clamped[..., 1], clamped[..., 0]]
-    return torch.einsum("qmd,qd->qm", found, queries), is_inside
+    return torch.cat((images[:, None, None].expand(-1, len(offsets), 1), clamped), dim=2), is_inside
 
 
 def _reliability(
