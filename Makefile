@@ -53,11 +53,14 @@ $(BIN)/python: | check-python
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "no virtual environment could be made: install your system's venv package (Debian: python3-venv)"; exit 2; }
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+# The installation compiles vo/kernels.c, where there is a C compiler.
+INSTALLED_FROM := pyproject.toml constraints.txt vo/kernels.c tools/build_kernels.py
+
+$(VENV)/.installed: $(INSTALLED_FROM) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-dev: $(INSTALLED_FROM) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,record]'
 	@touch $@ $(VENV)/.installed
 

@@ -17,6 +17,7 @@ LAYERS = (
     {"vo.types", "frontends"},
     {
         "vo.config",
+        "vo.kernels",
         "vo.geometry",
         "vo.absolute_pose",
         "vo.relative_pose",
@@ -42,6 +43,8 @@ LAYERS = (
         "vo.sources",
         "vo.tracks",
         "vo.bundle",
+        "vo.bundle_problem",
+        "vo.bundle_equations",
         "vo.self_calibration",
         "vo.trajectory",
         "vo.recording",

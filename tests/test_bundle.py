@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.optimize import approx_fprime, least_squares
 
-from vo.bundle import FocalPrior, RadialPrior, WindowProblem, corrected_rays, optimize_window
+from vo.bundle import optimize_window
+from vo.bundle_problem import FocalPrior, RadialPrior, WindowProblem, corrected_rays
 from vo.geometry import exp_se3, reproject
 
 FOCAL_PX = 500.0

@@ -16,7 +16,7 @@ from synthetic_world import (
     observe,
 )
 
-from vo.bundle import RadialPrior, corrected_rays
+from vo.bundle_problem import RadialPrior, corrected_rays
 from vo.config import DepthScaleConfig, ExternalScaleConfig, GroundTruthScaleConfig, OdometryConfig, TwoViewConfig
 from vo.first_pose import estimate_first_pose
 from vo.geometry import (

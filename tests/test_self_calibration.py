@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from synthetic_world import CAMERA, as_frame, driving_path, make_world, match_exactly, observe
 
-from vo.bundle import FocalPrior, WindowProblem, WindowSolution, corrected_rays
+from vo.bundle_problem import FocalPrior, WindowProblem, WindowSolution, corrected_rays
 from vo.cli import main
 from vo.config import OdometryConfig, SelfCalibrationConfig, StereoScaleConfig, TwoViewConfig
 from vo.geometry import exp_se3, make_pose, project, reproject, undistort

@@ -312,3 +312,32 @@ def _run_row(label: str, summary: Tree) -> tuple[str, ...]:
         " / ".join(medians),
         *accuracy,
     )
+
+
+def kernel_lines(results: Sequence[Tree]) -> list[str]:
+    """The compiled geometry against NumPy; nothing where that was not measured."""
+    if not results:
+        return []
+    header = ("source", "what", "calls", "compiled, ms", "NumPy, ms", "**ratio**", "90 % interval")
+    rows = [
+        (
+            f"{result['source']} ({result['date']})",
+            row["name"],
+            str(row["ratio"]["num_pairs"]),
+            f"{row['compiled']['median_ms']:.2f}",
+            f"{row['numpy']['median_ms']:.2f}",
+            f"**{row['ratio']['median']:.1f}x**",
+            f"{row['ratio']['low']:.1f} to {row['ratio']['high']:.1f}",
+        )
+        for result in results
+        for row in result["rows"]
+    ]
+    return [
+        "### The compiled geometry",
+        "",
+        "`python tools/measure_kernels.py`: what a run asked for, done again compiled and in NumPy in turn; processor",
+        "time of one thread, medians.",
+        "",
+        *table(header, rows, num_left=2),
+        "",
+    ]

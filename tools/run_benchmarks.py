@@ -28,7 +28,20 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks"
 # What is done already, for --resume; not a result.
 DONE = RESULTS / ".done"
-GROUPS = ("speed", "matching", "memory", "runs", "wire", "endurance", "robustness", "peers", "batch", "guard", "faults")
+GROUPS = (
+    "speed",
+    "kernels",
+    "matching",
+    "memory",
+    "runs",
+    "wire",
+    "endurance",
+    "robustness",
+    "peers",
+    "batch",
+    "guard",
+    "faults",
+)
 
 KITTI, ROOM = "kitti:{data}/kitti/sequences/00", "tum:{data}/tum/rgbd_7scenes_head"
 # What the published methods do, so that both sides of a comparison find the same.
@@ -57,6 +70,7 @@ CASES = (
     Case("speed", "cpu-xfeat-640x480", ROOM, ("--against", "kornia", *XFEAT_AS_PUBLISHED)),
     Case("speed", "cpu-xfeat-1241x376", KITTI, ("--against", "kornia", *XFEAT_AS_PUBLISHED)),
     Case("speed", "cpu-xfeat-1241x376-512", KITTI, ("--against", "kornia", *XFEAT_AS_PUBLISHED, *FEWER)),
+    Case("kernels", "kernels", KITTI, (), 1.5),
     Case("matching", "matching-kitti-neighbours", KITTI, ("--gaps", "1"), 2.5),
     Case("matching", "matching-kitti-gaps", KITTI, ("--gaps", "3,5", "--step", "4"), 2),
     Case("memory", "memory-kitti", KITTI, (), 0.5),
@@ -92,6 +106,7 @@ TOOLS = {
     "live-http": "measure_live.py",
     "soak-demo": "soak.py",
     "robustness-kitti": "measure_robustness.py",
+    "kernels": "measure_kernels.py",
 }
 
 
@@ -163,7 +178,7 @@ def measure(case: Case, source: str) -> None:
                 tree = json.loads(Path(output, "batch.json").read_text(encoding="utf-8"))
                 tree["command"] = shlex.join(["vo", "batch", source, "--output", f"out/{source}", *case.flags])
                 result.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        case "peers" | "guard" | "faults" | "wire" | "endurance" | "robustness":
+        case "peers" | "guard" | "faults" | "wire" | "endurance" | "robustness" | "kernels":
             run_tool(TOOLS[case.name], *([source] if source else []), "--json", str(result), *case.flags)
         case _:
             with tempfile.TemporaryDirectory() as output:

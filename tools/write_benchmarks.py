@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmark_tables import (
     Tree,
     comparison_lines,
+    kernel_lines,
     machine_lines,
     matching_lines,
     memory_lines,
@@ -57,6 +58,7 @@ SCHEMAS = {
     "lightvo-live/1": "live",
     "lightvo-soak/1": "soak",
     "lightvo-robustness/1": "robustness",
+    "lightvo-kernels/1": "kernels",
 }
 
 PROOFS = ("wire", "stuck", "viewer", "live", "soak", "peers", "batch", "pairs", "guard", "guard-check", "faults")
@@ -197,13 +199,13 @@ def render(results: dict[str, list[Tree]]) -> str:
     on_cpu = [result for result in results["bench"] if result["machine"]["gpu"] is None]
     on_gpu = [result for result in results["bench"] if result["machine"]["gpu"] is not None]
     proofs = [result for kind in PROOFS for result in results[kind]]
-    measured = [*on_cpu, *results["matching"], *results["memory"], *proofs]
+    measured = [*on_cpu, *results["kernels"], *results["matching"], *results["memory"], *proofs]
     lines = [
         INTRODUCTION,
         "## CPU",
         "",
         *(
-            machine_lines([r for r in [*on_cpu, *results["matching"], *proofs] if "machine" in r])
+            machine_lines([r for r in [*on_cpu, *results["kernels"], *results["matching"], *proofs] if "machine" in r])
             or ["Not measured yet."]
         ),
         "",
@@ -219,6 +221,7 @@ def render(results: dict[str, list[Tree]]) -> str:
         *stage_lines(on_cpu),
         "",
         *_streams(on_cpu),
+        *kernel_lines(results["kernels"]),
         "### Memory",
         "",
         "Largest resident set of the whole process (`tools/peak_memory.py`).",

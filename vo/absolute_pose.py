@@ -19,6 +19,7 @@ from vo.geometry import (
     orthonormalized,
     solve_symmetric,
 )
+from vo.kernels import kernels
 from vo.types import FloatArray, Rejection
 
 
@@ -48,6 +49,16 @@ class Landmarks:
         self._rays = np.ascontiguousarray(rays.T)
         self._focal_px = focal_px
         self._jacobian = np.zeros((6, 2, len(rays)))
+        self._compiled = kernels()
+
+    def refined(self, T: FloatArray, kernel_px: float, num_iterations: int) -> FloatArray:
+        """`_descended`, compiled or not."""
+        found = None
+        if self._compiled is not None:
+            found = self._compiled.landmarks_refine(
+                T, self._points, self._rays, self._focal_px, kernel_px, num_iterations
+            )
+        return _descended(T, self, kernel_px, num_iterations) if found is None else found
 
     def seen_from(self, T_world_camera: FloatArray) -> SeenLandmarks:
         R, t = T_world_camera[:3, :3], T_world_camera[:3, 3]
@@ -59,6 +70,13 @@ class Landmarks:
         residual = (projected - self._rays) * self._focal_px
         squared = residual * residual
         return SeenLandmarks(projected, inverse_depth, is_before, residual, squared[0] + squared[1])
+
+    def system(self, seen: SeenLandmarks, kernel_px: float) -> tuple[FloatArray, FloatArray]:
+        """Gauss-Newton Hessian (6, 6) and gradient (6,) of the Cauchy-weighted reprojection error in px."""
+        weights = seen.is_before / (1.0 + seen.squared / kernel_px**2)
+        jacobian = self.jacobian(seen)
+        weighted = (jacobian * weights).reshape(6, -1)
+        return weighted @ jacobian.reshape(6, -1).T, weighted @ seen.residual.ravel()
 
     def jacobian(self, seen: SeenLandmarks) -> FloatArray:
         """(6, 2, N) derivatives of the residuals by the right perturbation of the pose, px; until the next call."""
@@ -108,11 +126,16 @@ def refine_absolute_pose(
     Levenberg-Marquardt from the given pose; inliers lie before the camera and within `threshold_px`.
     """
     landmarks = Landmarks(points_world, rays, focal_px)
-    kernel_px = threshold_px / 2
-    T, damping = T_world_camera, 1e-4
+    T = landmarks.refined(T_world_camera, threshold_px / 2, num_iterations)
+    return _as_absolute_pose(orthonormalized(T), landmarks, threshold_px)
+
+
+def _descended(T: FloatArray, landmarks: Landmarks, kernel_px: float, num_iterations: int) -> FloatArray:
+    """Levenberg-Marquardt from a pose (4, 4)."""
+    damping = 1e-4
     seen = landmarks.seen_from(T)
     cost = seen.cauchy_cost(kernel_px)
-    H, gradient = _pose_system(landmarks, seen, kernel_px)
+    H, gradient = landmarks.system(seen, kernel_px)
     for _ in range(num_iterations):
         damped = H.copy()
         damped.ravel()[::7] *= 1.0 + damping
@@ -124,20 +147,12 @@ def refine_absolute_pose(
             T, seen, cost, damping = candidate, candidate_seen, candidate_cost, max(damping / 10, 1e-9)
             if converged:
                 break
-            H, gradient = _pose_system(landmarks, seen, kernel_px)
+            H, gradient = landmarks.system(seen, kernel_px)
         else:
             damping *= 10
             if damping > 1e6:
                 break
-    return _as_absolute_pose(orthonormalized(T), landmarks, threshold_px)
-
-
-def _pose_system(landmarks: Landmarks, seen: SeenLandmarks, kernel_px: float) -> tuple[FloatArray, FloatArray]:
-    """Gauss-Newton Hessian (6, 6) and gradient (6,) of the Cauchy-weighted reprojection error in px."""
-    weights = seen.is_before / (1.0 + seen.squared / kernel_px**2)
-    jacobian = landmarks.jacobian(seen)
-    weighted = (jacobian * weights).reshape(6, -1)
-    return weighted @ jacobian.reshape(6, -1).T, weighted @ seen.residual.ravel()
+    return T
 
 
 def _as_absolute_pose(T: FloatArray, landmarks: Landmarks, threshold_px: float) -> AbsolutePose:

@@ -68,6 +68,7 @@ def examine(endpoint: str) -> Iterator[Check]:
     for module, distribution in OPTIONAL_LIBRARIES:
         yield replace(_check_library(module, distribution), is_required=False)
     yield _check_device()
+    yield _check_kernels()
     yield from _check_weights()
     yield _check_endpoint(endpoint)
     yield from _check_cameras()
@@ -106,6 +107,16 @@ def _check_device() -> Check:
         reason, remedy = "no NVIDIA GPU or driver", "check nvidia-smi"
     detail = f"cpu: {platform.processor() or platform.machine()}, {threads}; {reason}"
     return Check("device", State.WORKS, detail, remedy, is_required=False)
+
+
+def _check_kernels() -> Check:
+    """Whether the geometry is compiled; without that it is several times slower, and as right."""
+    from vo.kernels import kernels, status
+
+    if kernels() is not None:
+        return Check("geometry", State.WORKS, "compiled", is_required=False)
+    remedy = "install a C compiler (Debian: gcc), then lightvo again"
+    return Check("geometry", State.MISSING, status(), remedy, is_required=False)
 
 
 def _check_weights() -> Iterator[Check]:

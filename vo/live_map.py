@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frontends.base import Features
-from vo.bundle import WindowSolution
+from vo.bundle_problem import WindowSolution
 from vo.config import OdometryConfig
 from vo.geometry import (
     parallax,

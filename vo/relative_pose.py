@@ -27,6 +27,7 @@ from vo.geometry import (
     skew,
     solve_symmetric,
 )
+from vo.kernels import kernels
 from vo.types import FloatArray, Rejection, RelativePose
 
 _METHODS = {
@@ -43,6 +44,7 @@ _SCORED_WITHIN = {"usac_fast": 0.5}
 # pose: after one below the first the noise may be looked at again, one below the second is the last.
 _MAX_LOOKS, _MAX_STEPS = 4, 25
 _NEAR, _LAST_STEP = 3.0, 0.1
+_LIMITS = np.array([_MAX_LOOKS, _MAX_STEPS, _NEAR, _LAST_STEP], np.float64)
 # Matches that tell at once that a motion is more than a rotation, and that tell on which side of the cameras the points
 # are.
 _NUM_IN_HASTE, _NUM_JUDGING = 128, 256
@@ -157,6 +159,9 @@ def _num_in_front(rotations: FloatArray, t: FloatArray, x0: FloatArray, x1: Floa
 
     The depths that solve depth0 x0 - depth1 R x1 = t in least squares have the signs of two cofactors.
     """
+    compiled = kernels()
+    if compiled is not None:
+        return compiled.matches_in_front(rotations, t, x0, x1)
     turned = rotations @ x1  # (K, 3, N)
     a, b, c = (x0 * x0).sum(0), (turned * x0).sum(1), (x1 * x1).sum(0)
     d, e = t @ x0, t @ turned
@@ -222,7 +227,16 @@ def _refine_to_noise(
     outliers in it pull, one of about two standard deviations lets the good matches decide. The kernel shrinks once the
     pose is near what the present one makes of it; when it is settled, so is the pose, up to what its noise would hide.
     """
-    T = _with_unit_translation(T)
+    T, sigma = matches.refined_to_noise(_with_unit_translation(T), threshold)
+    seen = matches.seen_with(essential_matrix(T))
+    if sigma == 0.0:
+        return T, np.zeros((6, 6)), seen.distance
+    system = matches.system(T, seen, 2.5 * sigma, 6 * sigma)
+    return T, system.covariance() * system.inefficiency(), seen.distance
+
+
+def _descended_to_noise(T: FloatArray, matches: _MatchedRays, threshold: float) -> tuple[FloatArray, float]:
+    """The pose, and the noise that its kernel ended at; 0 where hardly any match lies within the threshold."""
     gate, sigma, num_looks, is_near, is_settled = threshold, 0.0, 0, True, False
     for _ in range(_MAX_STEPS):
         seen = matches.seen_with(essential_matrix(T))
@@ -241,11 +255,7 @@ def _refine_to_noise(
         is_near = length < _NEAR
         if is_settled and length < _LAST_STEP:
             break
-    seen = matches.seen_with(essential_matrix(T))
-    if sigma == 0.0:
-        return T, np.zeros((6, 6)), seen.distance
-    system = matches.system(T, seen, 2.5 * sigma, 6 * sigma)
-    return T, system.covariance() * system.inefficiency(), seen.distance
+    return T, sigma
 
 
 def _with_unit_translation(T: FloatArray) -> FloatArray:
@@ -255,13 +265,14 @@ def _with_unit_translation(T: FloatArray) -> FloatArray:
 @dataclass(frozen=True, slots=True, eq=False)
 class _SeenMatches:
     """Matches under an essential matrix E: signed Sampson distances (M,), one over the length of the gradient (M,), and
-    the epipolar lines' normals (4, M): two rows in image 0, two in image 1.
+    the epipolar lines' normals (4, M): two rows in image 0, two in image 1. `rows`: all, for compiled functions.
     """
 
     E: FloatArray
     distance: FloatArray
     inverse_gradient: FloatArray
     lines: FloatArray
+    rows: FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -313,7 +324,7 @@ class _RobustSystem:
 
 
 class _MatchedRays:
-    """Rays of M matches, laid out for arithmetic on whole rows.
+    """Rays of M matches, laid out for arithmetic on whole rows, which is compiled where that is to be had.
 
     x0^T E x1 is linear in E with the nine products of coordinates as coefficients, and so are the epipolar lines: one
     small matrix product gives them all, and another the derivatives by five steps of E.
@@ -321,8 +332,10 @@ class _MatchedRays:
 
     def __init__(self, rays0: FloatArray, rays1: FloatArray) -> None:
         self.x0, self.x1 = (np.ascontiguousarray(homogeneous(rays).T) for rays in (rays0, rays1))
-        self._products = (self.x0[:, None] * self.x1).reshape(9, -1)
-        self._slopes = np.zeros((3, 3, len(rays0)))  # room for `_half_slopes`; the last one stays zero
+        self._compiled = kernels()
+        if self._compiled is None:
+            self._products = (self.x0[:, None] * self.x1).reshape(9, -1)
+            self._slopes = np.zeros((3, 3, len(rays0)))  # room for `_half_slopes`; the last one stays zero
 
     def some_of(self, chosen: BoolArray) -> tuple[FloatArray, FloatArray]:
         """(3, N) each: enough of the chosen matches (M,) to judge them by."""
@@ -330,7 +343,17 @@ class _MatchedRays:
         rows = rows[_some(len(rows), _NUM_JUDGING)]
         return self.x0[:, rows], self.x1[:, rows]
 
+    def refined_to_noise(self, T: FloatArray, threshold: float) -> tuple[FloatArray, float]:
+        """`_descended_to_noise`, compiled or not."""
+        found = None
+        if self._compiled is not None:
+            found = self._compiled.matches_refine(T, self.x0, self.x1, threshold, _LIMITS)
+        return _descended_to_noise(T, self, threshold) if found is None else found
+
     def seen_with(self, E: FloatArray) -> _SeenMatches:
+        if self._compiled is not None:
+            seen = self._compiled.matches_seen(E, self.x0, self.x1)
+            return _SeenMatches(E, seen[0], seen[1], seen[2:], seen)
         coefficients = np.zeros((5, 9))
         coefficients[0] = E.ravel()
         coefficients[1:3, 6:] = E[:2]  # (E x1), two rows; the last products are x1 itself
@@ -338,18 +361,22 @@ class _MatchedRays:
         residual_and_lines = coefficients @ self._products
         lines = residual_and_lines[1:]
         inverse_gradient = 1.0 / np.sqrt(np.maximum((lines * lines).sum(0), 1e-24))
-        return _SeenMatches(E, residual_and_lines[0] * inverse_gradient, inverse_gradient, lines)
+        return _SeenMatches(E, residual_and_lines[0] * inverse_gradient, inverse_gradient, lines, residual_and_lines)
 
     def system(self, T: FloatArray, seen: _SeenMatches, scale: float, cutoff: float = math.inf) -> _RobustSystem:
         """At a pose, for a Geman-McClure kernel of width `scale` that ends at `cutoff`."""
+        basis = _tangent_basis(T[:3, 3] @ T[:3, :3])
+        steps = _essential_steps(T[:3, :3], seen.E, basis)
+        if self._compiled is not None:
+            system = self._compiled.matches_system(self.x0, self.x1, steps, seen.rows, scale, cutoff)
+            H, gradient, (weights, curvatures, squares, influences) = system[:25], system[25:30], system[30:].tolist()
+            return _RobustSystem(basis, H.reshape(5, 5), gradient, (weights, curvatures, squares, influences))
         distance = seen.distance
         root = 1.0 / (1.0 + (distance * (1.0 / scale)) ** 2)  # of the weight
         if cutoff < math.inf:
             root *= np.abs(distance) < cutoff
         weights, weighted = root * root, root * distance
-        basis = _tangent_basis(T[:3, 3] @ T[:3, :3])
         # Derivatives of distance = residual / gradient by the steps, times the root.
-        steps = _essential_steps(T[:3, :3], seen.E, basis)
         jacobian = steps @ self._products
         jacobian -= (steps @ self._half_slopes(seen.lines)) * (distance * seen.inverse_gradient)
         jacobian *= root * seen.inverse_gradient

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from vo.image_health import HealthLog
+from vo.kernels import status as kernels_status
 from vo.odometry_step import OdometryStep
 from vo.samples import Samples
 from vo.self_calibration import FocalEstimate
@@ -137,5 +138,6 @@ class RunMeter:
             versions=library_versions(),
             weights=weights,
             fallbacks=fallbacks,
+            geometry=kernels_status(),
             engine=engine,
         )

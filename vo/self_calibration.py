@@ -16,7 +16,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from vo.bundle import WindowProblem, WindowSolution, corrected_rays, optimize_window
+from vo.bundle import optimize_window
+from vo.bundle_problem import WindowProblem, WindowSolution, corrected_rays
 from vo.config import SelfCalibrationConfig
 from vo.geometry import exp_so3, invert_pose, log_so3, make_pose, triangulate
 from vo.types import Camera, CameraModel

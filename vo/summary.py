@@ -74,6 +74,7 @@ class RunSummary:
     versions           (distribution, version), see `library_versions`.
     weights            every file of weights in use.
     fallbacks          what was replaced by something else, one sentence each.
+    geometry           how poses were computed: "compiled", or "numpy" and why; see `vo.kernels`.
     engine             what the warm-up on a GPU measured and chose, one sentence each.
     live               what a camera delivered; None of a file.
     evaluation         against the ground truth, where there is one.
@@ -103,6 +104,7 @@ class RunSummary:
     fallbacks: tuple[str, ...]
     engine: tuple[str, ...] = ()
     mode: str = "map"
+    geometry: str = "numpy"
     image_conditions: tuple[tuple[str, int], ...] = ()
     live: LiveReport | None = None
     self_calibration: FocalEstimate | None = None

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from frontends.base import Features, Matches
 from frontends.nearest import comparable, largest_products
 from vo.absolute_pose import estimate_absolute_pose
-from vo.bundle import FocalPrior, RadialPrior, WindowProblem, WindowSolution, corrected_rays, optimize_window
+from vo.bundle import optimize_window
+from vo.bundle_problem import FocalPrior, RadialPrior, WindowProblem, WindowSolution, corrected_rays
 from vo.config import OdometryConfig
 from vo.geometry import (
     invert_pose,
