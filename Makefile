@@ -65,4 +65,4 @@ $(VENV)/.installed-dev: $(INSTALLED_FROM) | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist vo/lightvo_kernels.so

@@ -49,3 +49,19 @@ def free_port() -> int:
                 continue
         return port
     pytest.skip("no two neighbouring ports are free")
+
+
+@pytest.fixture(scope="module", params=["compiled", "numpy"])
+def either_geometry(request):
+    """Runs a module's tests with the compiled geometry and with that in NumPy."""
+    from vo.kernels import kernels, status
+
+    if request.param == "compiled":
+        if kernels() is None:
+            pytest.skip(f"no compiled geometry: {status()}")
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for user in ("vo.relative_pose", "vo.absolute_pose", "vo.bundle_equations"):
+            patch.setattr(f"{user}.kernels", lambda: None)
+        yield

@@ -12,6 +12,7 @@ from vo.bundle_problem import FocalPrior, RadialPrior, WindowProblem, corrected_
 from vo.geometry import exp_se3, reproject
 
 FOCAL_PX = 500.0
+pytestmark = pytest.mark.usefixtures("either_geometry")
 
 
 def make_problem(num_poses=5, num_points=60, noise_px=0.0, start_error=0.02, seed=0):

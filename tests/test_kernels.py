@@ -18,6 +18,7 @@ from vo.absolute_pose import Landmarks, _descended, refine_absolute_pose
 from vo.bundle import optimize_window
 from vo.bundle_equations import CompiledSums, NumpySums
 from vo.bundle_problem import FocalPrior, RadialPrior, WindowProblem, WindowState
+from vo.doctor import State, _check_kernels
 from vo.geometry import essential_matrix, exp_se3, exp_so3, make_pose, reproject
 from vo.kernels import Kernels, kernels
 from vo.relative_pose import (
@@ -289,6 +290,17 @@ def test_without_it_numpy_does_the_same(monkeypatch, tmp_path, looked_up_anew):
     monkeypatch.setattr(vo.kernels, "LIBRARY", tmp_path / "none.so")
     assert kernels() is None
     assert vo.kernels.status() == "numpy: installed without a C compiler"
+
+
+def test_the_doctor_says_which_it_is(monkeypatch, looked_up_anew):
+    monkeypatch.setenv("LIGHTVO_KERNELS", "off")
+    check = _check_kernels()
+    assert (check.name, check.state, check.is_required) == ("geometry", State.MISSING, False)
+    assert "compiler" in check.remedy
+    monkeypatch.delenv("LIGHTVO_KERNELS")
+    vo.kernels._loaded.cache_clear()
+    if kernels() is not None:
+        assert _check_kernels().detail == "compiled"
 
 
 def test_a_damaged_library_is_left_out(monkeypatch, tmp_path, caplog, looked_up_anew):

@@ -38,6 +38,7 @@ from vo.relative_pose import (
 from vo.types import Rejection, RelativePose
 
 CONFIG = TwoViewConfig()
+pytestmark = pytest.mark.usefixtures("either_geometry")
 
 
 @pytest.mark.parametrize("method", ["usac_fast", "usac_magsac", "usac_accurate", "ransac"])

@@ -33,6 +33,8 @@ def _machine_text(result: Tree) -> str:
         parts.append(machine["gpu"])
     if machine["omp_wait_policy"]:
         parts.append(f"OMP_WAIT_POLICY={machine['omp_wait_policy']}")
+    if result.get("geometry"):
+        parts.append(f"geometry {result['geometry']}")
     shown = ("python", "torch", "kornia", "opencv-python", "numpy")
     versions = result.get("versions", {})
     parts.append(", ".join(f"{name} {versions[name]}" for name in shown if name in versions))

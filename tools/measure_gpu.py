@@ -27,6 +27,7 @@ import torch
 
 from vo.bench_machine import read_machine
 from vo.evaluation import compare
+from vo.kernels import kernels, status
 from vo.summary import library_versions
 from vo.trajectory import read_trajectory
 
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"measure_gpu: error: {problem}", file=sys.stderr)
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
+    if kernels() is None:
+        print(f"measure_gpu: geometry: {status()}; python tools/build_kernels.py compiles it", file=sys.stderr)
     num_frames = {"aliked": options.stream_frames, "xfeat": options.stream_frames, "long": options.long_frames}
     parts = [with_frames(part, num_frames.get(part.name.partition("-")[0])) for part in PARTS if part.name in names]
     failed = [part.name for part in parts if not measured(part, options.output, options.device)]

@@ -27,6 +27,7 @@ from vo.bench_stream import MODES, StreamTiming, measure_stream
 from vo.config import Config, FrontendConfig
 from vo.config_loader import load_config
 from vo.frontend import Frontend, create_frontend, device_name, select_device, warmed_up
+from vo.kernels import status as kernels_status
 from vo.modes import create_odometry
 from vo.progress import Advance, progress
 from vo.sources import open_source
@@ -142,6 +143,7 @@ def run_bench(request: BenchRequest, advance: Advance) -> BenchResult:
         comparisons=comparisons,
         not_compared=not_compared,
         streams=streams,
+        geometry=kernels_status(),
     )
 
 

@@ -80,6 +80,7 @@ class BenchResult:
     others_share   of the processors' time while it was measured that other work took; None where it is unknown.
     not_compared   why a peer or a stage of it is missing, one sentence each.
     streams        whole runs to a published pose.
+    geometry       how poses were computed, see `vo.kernels.status`.
     """
 
     date: str
@@ -109,6 +110,7 @@ class BenchResult:
     engine: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     streams: tuple[StreamTiming, ...] = ()
+    geometry: str = ""
 
 
 def bench_json(result: BenchResult) -> str:
