@@ -8,6 +8,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from mcap.reader import make_reader
 from numpy.typing import NDArray
 from synthetic_world import CAMERA, driving_path, make_world
 
@@ -15,6 +17,7 @@ from vo.geometry import exp_se3, invert_pose, project, transform, undistort
 from vo.mcap_recorder import McapRecorder
 from vo.message_stream import EncodedMessage, MessageStream
 from vo.messages import CompressedImage, RunState
+from vo.recording import Recording
 from vo.types import Camera, CameraModel, Frame, FrameTracks, MapUpdate, PoseEstimate, TrackingStatus
 
 INTERVAL_NS = 50_000_000
@@ -161,3 +164,20 @@ def record_run(path: Path, num_frames: int = 24, camera: Camera = CAMERA, **opti
         stream.finish(RunState.FINISHED)
     assert recorder.failure is None and recorder.num_lost == 0
     return truth
+
+
+def foxglove_messages(path: Path, topic: str) -> list:
+    """Messages of a channel and their times, decoded with nothing but the schema that the file itself holds."""
+    decoded = []
+    with path.open("rb") as file:
+        for schema, _, message in make_reader(file, validate_crcs=True).iter_messages(topics=[topic]):
+            pool = descriptor_pool.DescriptorPool()
+            for definition in descriptor_pb2.FileDescriptorSet.FromString(schema.data).file:
+                pool.Add(definition)
+            kind = message_factory.GetMessageClass(pool.FindMessageTypeByName(schema.name))
+            decoded.append((kind.FromString(message.data), message.log_time))
+    return decoded
+
+
+def own_bytes(path: Path) -> list[bytes]:
+    return [message.data for message in Recording(path).messages() if message.topic.startswith("lightvo/")]

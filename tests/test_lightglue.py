@@ -1,141 +1,45 @@
-"""LightGlue against kornia's implementation with random weights, and against reference outputs on real images."""
+"""LightGlue against kornia's implementation with random weights."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import itertools
-import os
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
+from kornia_lightglue import (
+    CONFIGURATIONS,
+    IMAGE_SIZE,
+    coordinates,
+    kornia_network,
+    learned,
+    one_thread,
+    packed_log_assignment,
+    plain_log_assignment,
+    planted_pair,
+    run_kornia,
+)
 from torch import Tensor
 
-from frontends.aliked import Aliked, AlikedConfig
 from frontends.base import Features, Matcher, WeightsError
 from frontends.lightglue import LightGlue, LightGlueConfig
 from frontends.lightglue_network import build_network, normalize_keypoints, published_names
-from frontends.lightglue_packed import PackedLightGlue, log_sum_exp, pack
-
-WEIGHTS = Path(os.environ.get("LIGHTVO_WEIGHTS", "missing"))
-needs_weights = pytest.mark.skipif(
-    not (WEIGHTS / "parity" / "lightglue.npz").is_file(), reason="LIGHTVO_WEIGHTS has no parity/lightglue.npz"
-)
-IMAGE_SIZE = (640, 480)
+from frontends.lightglue_packed import log_sum_exp, pack
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """The matrices here are too small to share, and other tests may be running."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-CONFIGURATIONS = {"256/4/9": (256, 4, 9, 128), "128/2/6": (128, 2, 6, 64), "96/1/6": (96, 1, 6, 64)}
-
-
-@functools.cache
-def kornia_network(configuration: str, **changes: Any) -> Any:
-    """kornia's LightGlue with random weights that match: peaked similarities, spread confidences."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lightglue = pytest.importorskip("kornia.feature.lightglue")
-    width, num_heads, num_layers, input_dim = CONFIGURATIONS[configuration]
-    torch.manual_seed(0)
-    settings = {"input_dim": input_dim, "descriptor_dim": width, "num_heads": num_heads, "n_layers": num_layers}
-    network = lightglue.LightGlue(None, flash=False, **{**settings, **changes}).eval().requires_grad_(False)
-    if network.conf.input_dim != width:
-        network.input_proj.weight.mul_(10)
-    for layer, assignment in enumerate(network.log_assignment):
-        assignment.final_proj.weight.mul_(1.8)
-        assignment.matchability.weight.mul_(5)
-        assignment.matchability.bias.fill_(3.0 - 2.4 * layer / num_layers)
-    for layer, confidence in enumerate(network.token_confidence):
-        confidence.token[0].weight.mul_(2)
-        confidence.token[0].bias.fill_(1.0 + 0.9 * layer)
-    return network
-
-
-def learned(network: Any) -> dict[str, Tensor]:
-    return {key: value for key, value in network.state_dict().items() if key != "confidence_thresholds"}
-
-
-def planted_pair(input_dim: int, count0: int = 180, count1: int = 150, seed: int = 0) -> tuple[Features, Features]:
-    """Two views of random points: descriptors and positions of the first 120 come again with some noise."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def described(vectors: Tensor, keypoints: Tensor) -> Features:
-        unit = torch.nn.functional.normalize(vectors, dim=1)
-        return Features(keypoints, torch.ones(len(unit)), unit, len(unit), IMAGE_SIZE, "planted")
-
-    vectors0 = torch.randn(count0, input_dim, generator=generator)
-    keypoints0 = torch.rand(count0, 2, generator=generator) * torch.tensor([600.0, 440.0]) + 20
-    vectors1 = torch.randn(count1, input_dim, generator=generator)
-    keypoints1 = torch.rand(count1, 2, generator=generator) * torch.tensor([600.0, 440.0]) + 20
-    shared = min(120, count0, count1)
-    vectors1[:shared] = vectors0[:shared] + 0.05 * vectors1[:shared]
-    keypoints1[:shared] = keypoints0[:shared] + torch.randn(shared, 2, generator=generator) * 4 - 3
-    order = torch.randperm(count1, generator=generator)
-    return described(vectors0, keypoints0), described(vectors1[order], keypoints1[order].clamp(0, 479))
-
-
-def run_kornia(
-    network: Any, features0: Features, features1: Features, depth: float = 0.95, width: float = 0.99
-) -> dict[str, Any]:
-    """kornia's result; a confidence of 1 is what kornia calls -1."""
-    network.conf.depth_confidence = depth if depth < 1 else -1
-    network.conf.width_confidence = width if width < 1 else -1
-
-    def image(features: Features) -> dict[str, Tensor]:
-        count = features.num_valid
-        data = {
-            "keypoints": features.keypoints[None, :count],
-            "descriptors": features.descriptors[None, :count],
-            "image_size": torch.tensor([features.image_size]),
-        }
-        if features.scales is not None and features.orientations is not None:
-            data |= {"scales": features.scales[None, :count], "oris": features.orientations[None, :count]}
-        return data
-
-    with torch.inference_mode():
-        result: dict[str, Any] = network({"image0": image(features0), "image1": image(features1)})
-    return result
+    with one_thread():
+        yield
 
 
 def matcher_like(network: Any, depth: float = 0.95, width: float = 0.99, precision: str = "float32") -> LightGlue:
     config = LightGlueConfig(depth_confidence=depth, width_confidence=width, precision=precision)
     return LightGlue(config, learned(network))
-
-
-def coordinates(features: Features) -> Tensor:
-    return normalize_keypoints(features.keypoints[: features.num_valid], features.image_size)
-
-
-def packed_log_assignment(packed: PackedLightGlue, features0: Features, features1: Features) -> Tensor:
-    """Inner block after all layers of the rearranged network."""
-    pair = (features0, features1)
-    spans = packed.spans([f.num_valid for f in pair], torch.device("cpu"))
-    state = torch.cat([packed.project(f.descriptors[: f.num_valid]) for f in pair])
-    rotations = torch.cat([packed.rotations(coordinates(f)) for f in pair])
-    for layer in range(len(packed.layers)):
-        state = packed.attend_between(layer, packed.attend_within(layer, state, rotations, spans), *spans)
-    return packed.log_assignment(len(packed.layers) - 1, state, *spans)
-
-
-def plain_log_assignment(state_dict: dict[str, Tensor], features0: Features, features1: Features) -> Tensor:
-    network = build_network(state_dict, "test")
-    descriptors = (features0.descriptors[None], features1.descriptors[None])
-    log_assignment: Tensor = network(*descriptors, coordinates(features0)[None], coordinates(features1)[None])
-    return log_assignment
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -489,110 +393,3 @@ def test_log_sum_exp_equals_torch(scale: float) -> None:
     x = scale * torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     for dim in (0, 1):
         torch.testing.assert_close(log_sum_exp(x, dim), torch.logsumexp(x, dim, keepdim=True), rtol=1e-6, atol=1e-5)
-
-
-class Reference:
-    """Published reference outputs for one feature and one pair of images."""
-
-    def __init__(self, feature: str, pair: str) -> None:
-        self.feature, self.prefix = feature, f"{feature}_{pair}_"
-        self.arrays = np.load(WEIGHTS / "parity" / "lightglue.npz")
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arrays[self.prefix + name]
-
-    def features(self, index: int) -> Features:
-        keypoints = torch.from_numpy(self[f"keypoints{index}"])
-        descriptors = torch.from_numpy(self[f"descriptors{index}"])
-        width, height = (int(side) for side in self["size_wh"])
-        count = len(keypoints)
-        return Features(keypoints, torch.ones(count), descriptors, count, (width, height), self.feature)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        loaded: dict[str, Tensor] = torch.load(WEIGHTS / f"lightglue-light-{self.feature}.pth", weights_only=True)
-        return loaded
-
-
-@needs_weights
-@pytest.mark.parametrize("pair", ["kitti", "photo"])
-@pytest.mark.parametrize("feature", ["aliked-t16", "xfeat"])
-@pytest.mark.parametrize("mode", ["full", "adaptive"])
-def test_real_images_match_as_published(feature: str, pair: str, mode: str) -> None:
-    reference = Reference(feature, pair)
-    settings = (1.0, 1.0) if mode == "full" else (0.95, 0.99)
-    config = LightGlueConfig(depth_confidence=settings[0], width_confidence=settings[1], precision="float32")
-    matcher = LightGlue(config, reference.state_dict(), name=f"lightglue-light-{feature}", fits=(feature,))
-    matches = matcher.match(reference.features(0), reference.features(1))
-    np.testing.assert_array_equal(matches.indices, reference[f"{mode}_matches"])
-    np.testing.assert_allclose(matches.scores, reference[f"{mode}_scores"], atol=1e-4)
-    assert matches.stop_layer == int(reference[f"{mode}_stop"])
-    for num_kept, layers in zip(
-        (matches.num_kept0, matches.num_kept1), (reference[f"{mode}_prune0"], reference[f"{mode}_prune1"]), strict=True
-    ):
-        assert num_kept == int(np.sum(layers == layers.max()))
-
-
-@needs_weights
-@pytest.mark.parametrize("pair", ["kitti", "photo"])
-@pytest.mark.parametrize("feature", ["aliked-t16", "xfeat"])
-def test_log_assignment_of_real_images_is_as_published(feature: str, pair: str) -> None:
-    reference = Reference(feature, pair)
-    pair_features = reference.features(0), reference.features(1)
-    with torch.inference_mode():
-        plain = plain_log_assignment(reference.state_dict(), *pair_features)[0]
-        packed = pack(build_network(reference.state_dict(), feature), torch.float32)
-        inner = packed_log_assignment(packed, *pair_features)
-    torch.testing.assert_close(inner, plain[:-1, :-1], atol=2e-4, rtol=0)
-    rows, columns = reference["full_matches"].T
-    for block in (plain[:-1, :-1].numpy(), inner.numpy()):
-        np.testing.assert_allclose(block[rows, columns], reference["full_la_matched"], atol=1e-4)
-        np.testing.assert_allclose(block.max(axis=1), reference["full_la_rowmax"], atol=1e-4)
-        np.testing.assert_allclose(block.max(axis=0), reference["full_la_colmax"], atol=1e-4)
-        stats = [block.mean(), block.std(), block.min(), block.max()]
-        np.testing.assert_allclose(stats, reference["full_la_stats"], atol=1e-3, rtol=1e-5)
-    np.testing.assert_allclose(plain[:-1, -1], reference["full_la_dust0"], atol=1e-4)
-    np.testing.assert_allclose(plain[-1, :-1], reference["full_la_dust1"], atol=1e-4)
-
-
-@needs_weights
-@pytest.mark.parametrize("pair", ["kitti", "photo"])
-@pytest.mark.parametrize("feature", ["aliked-t16", "xfeat"])
-def test_bfloat16_keeps_99_percent_of_the_matches_of_real_images(feature: str, pair: str) -> None:
-    reference = Reference(feature, pair)
-    for mode, preset in (("full", "accurate"), ("adaptive", "real-time")):
-        matcher = LightGlue(LightGlueConfig(preset=preset, precision="bfloat16"), reference.state_dict())
-        matches = matcher.match(reference.features(0), reference.features(1))
-        expected = set(map(tuple, reference[f"{mode}_matches"].tolist()))
-        same = expected & set(map(tuple, matches.indices.tolist()))
-        assert len(same) >= 0.99 * max(len(expected), len(matches))
-        assert matches.stop_layer == int(reference[f"{mode}_stop"])
-
-
-KITTI = Path(os.environ.get("LIGHTVO_DATA", "missing")) / "kitti" / "sequences" / "00"
-
-
-@needs_weights
-@pytest.mark.skipif(not KITTI.is_dir(), reason="LIGHTVO_DATA has no kitti/sequences/00")
-def test_neighbouring_frames_lose_less_than_3_percent_of_the_inliers() -> None:
-    """The default exits against all layers, over pairs spread along the sequence."""
-    row = (KITTI / "calib.txt").read_text().splitlines()[0].split()[1:]
-    camera_matrix = np.array(row, dtype=np.float64).reshape(3, 4)[:, :3].copy()
-    load = functools.partial(torch.load, weights_only=True)
-    extractor = Aliked(AlikedConfig(max_keypoints=512), load(WEIGHTS / "aliked-t16.pth"), "cpu")
-    state_dict = load(WEIGHTS / "lightglue-light-aliked-t16.pth")
-    matchers = {preset: LightGlue(LightGlueConfig(preset=preset), state_dict) for preset in ("accurate", "real-time")}
-    num_inliers, num_layers = dict.fromkeys(matchers, 0), dict.fromkeys(matchers, 0)
-    for index in range(0, 200, 40):
-        images = [cv2.imread(str(KITTI / "image_0" / f"{i:06d}.png"), cv2.IMREAD_GRAYSCALE) for i in (index, index + 1)]
-        features0, features1 = (extractor.extract(np.asarray(image, dtype=np.uint8)) for image in images)
-        for preset, matcher in matchers.items():
-            matches = matcher.match(features0, features1)
-            points0 = features0.valid_keypoints()[matches.indices[:, 0]].astype(np.float64)
-            points1 = features1.valid_keypoints()[matches.indices[:, 1]].astype(np.float64)
-            cv2.setRNGSeed(0)
-            _, mask = cv2.findEssentialMat(points0, points1, camera_matrix, cv2.USAC_MAGSAC, 0.999, 1.0)
-            num_inliers[preset] += int(mask.sum())
-            num_layers[preset] += matches.stop_layer
-    assert num_inliers["accurate"] > 5 * 250
-    assert num_inliers["real-time"] > 0.97 * num_inliers["accurate"]
-    assert num_layers["real-time"] <= num_layers["accurate"] / 2

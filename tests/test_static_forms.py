@@ -12,8 +12,8 @@ import torch
 from fake_cuda import CUDA, capturing, fake_cuda, move
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kornia_lightglue import kornia_network, learned, planted_pair
 from test_aliked import random_network, smooth_image
-from test_lightglue import kornia_network, learned, planted_pair
 
 from frontends.aliked import Aliked, AlikedConfig
 from frontends.aliked_detection import suppress_non_maxima

@@ -1,20 +1,14 @@
-"""The registry of weights: resolution order, checks, downloads from a local server, and what goes wrong with them."""
+"""The registry of weights: what it holds, resolution order, checks, damaged files."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import io
 import os
 import pickle
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,11 +17,12 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_weights import CONTENT, cached, isolate, known_file, one_line, register, saved
 
 from frontends import weights
 from frontends.base import WeightsError
-from frontends.weights import Origin, fetch, list_weights, load_checkpoint, load_file, load_state_dict, verify
-from frontends.weights_registry import REGISTRY, KnownFile, WeightsEntry
+from frontends.weights import Origin, list_weights, load_checkpoint, load_file, load_state_dict, verify
+from frontends.weights_registry import REGISTRY
 
 needs_weights = pytest.mark.skipif("LIGHTVO_WEIGHTS" not in os.environ, reason="LIGHTVO_WEIGHTS is not set")
 OURS = ("lightglue-light-aliked-t16", "lightglue-light-xfeat")
@@ -36,42 +31,12 @@ OURS = ("lightglue-light-aliked-t16", "lightglue-light-xfeat")
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """No test sees the user's cache, and only marked ones see the directory of real weights."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    if "real_weights" not in request.fixturenames:
-        monkeypatch.delenv("LIGHTVO_WEIGHTS", raising=False)
+    isolate(tmp_path, monkeypatch, sees_weights="real_weights" in request.fixturenames)
 
 
 @pytest.fixture
 def real_weights() -> Path:
     return Path(os.environ["LIGHTVO_WEIGHTS"])
-
-
-def saved(tensors: dict[str, torch.Tensor]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    return buffer.getvalue()
-
-
-CONTENT = saved({"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.bias": torch.tensor([1.0, -2.0])})
-
-
-def git_blob(content: bytes) -> str:
-    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-
-
-def known_file(content: bytes = CONTENT, url: str | None = None, name: str = "toy.pth") -> KnownFile:
-    return KnownFile(name, hashlib.sha256(content).hexdigest(), len(content), git_blob(content), url)
-
-
-def register(monkeypatch: pytest.MonkeyPatch, *files: KnownFile) -> WeightsEntry:
-    entry = WeightsEntry("toy", "two tensors", "extractor", ("toy",), "Apache-2.0", files)
-    monkeypatch.setattr(weights, "REGISTRY", (entry,))
-    return entry
-
-
-def cached(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "lightvo" / "toy.pth"
 
 
 # ---------------------------------------------------------------- the registry itself
@@ -255,13 +220,6 @@ def test_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch: py
     assert weights.cache_directory() == tmp_path / ".cache" / "lightvo"
 
 
-def one_line(error: pytest.ExceptionInfo[WeightsError], *parts: str) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
-
-
 def test_missing_weights_name_the_file_the_places_and_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,162 +314,3 @@ def test_what_is_no_state_dict_is_refused(value: object, tmp_path: Path) -> None
     torch.save(value, path)
     with pytest.raises(WeightsError, match="no flat state dict"):
         load_state_dict("xfeat", path=path)
-
-
-# ---------------------------------------------------------------- downloads
-
-
-@dataclass
-class Server:
-    """A local HTTP server; `behaviour` says what it does with the next request."""
-
-    url: str = ""
-    behaviour: str = "whole"
-    requests: list[str] = field(default_factory=list)
-    released: threading.Event = field(default_factory=threading.Event)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    state = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, format: str, *args: object) -> None: ...
-
-        def do_GET(self) -> None:
-            state.requests.append(self.path)
-            if state.behaviour == "moved" and self.path != "/new/toy.pth":
-                self.send_response(302)
-                self.send_header("Location", "/new/toy.pth")
-                self.end_headers()
-                return
-            if state.behaviour == "absent":
-                self.send_error(404)
-                return
-            self.send_response(200)
-            if state.behaviour not in ("no length", "endless"):
-                self.send_header("Content-Length", str(len(CONTENT)))
-            self.end_headers()
-            self.send_body()
-
-        def send_body(self) -> None:
-            match state.behaviour:
-                case "wrong":
-                    self.wfile.write(CONTENT[:-1] + b"?")
-                case "truncated" | "no length, truncated":
-                    self.wfile.write(CONTENT[:100])
-                case "stall":
-                    self.wfile.write(CONTENT[:100])
-                    state.released.wait(20)
-                case "drip":
-                    for start in range(len(CONTENT)):
-                        if state.released.wait(0.02):
-                            return
-                        self.wfile.write(CONTENT[start : start + 1])
-                case "endless":
-                    self.wfile.write(CONTENT + b"x" * 100)
-                case _:
-                    self.wfile.write(CONTENT)
-
-    http_server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.url = f"http://127.0.0.1:{http_server.server_port}/toy.pth"
-    thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield state
-    state.released.set()
-    http_server.shutdown()
-    http_server.server_close()
-    thread.join(5)
-
-
-@pytest.mark.parametrize("behaviour", ["whole", "no length", "moved"])
-def test_a_download_lands_verified_in_the_cache(
-    behaviour: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    register(monkeypatch, known_file(url=server.url))
-    server.behaviour = behaviour
-    state_dict, file = load_state_dict("toy")
-    assert torch.equal(state_dict["layer.bias"], torch.tensor([1.0, -2.0]))
-    assert (file.origin, file.path, file.is_verified) == (Origin.DOWNLOAD, cached(tmp_path), True)
-    assert server.url in capsys.readouterr().err
-    num_requests = len(server.requests)
-    assert load_state_dict("toy")[1].origin is Origin.CACHE
-    assert fetch("toy").origin is Origin.CACHE and verify("toy").path == cached(tmp_path)
-    assert len(server.requests) == num_requests
-    assert [path.name for path in cached(tmp_path).parent.iterdir()] == ["toy.pth"]
-
-
-@pytest.mark.parametrize(
-    ("behaviour", "message"),
-    [
-        ("wrong", "SHA-256"),
-        ("truncated", f"ended after 100 of {len(CONTENT)} bytes"),
-        ("absent", "HTTP 404"),
-        ("endless", f"more than the expected {len(CONTENT)} bytes"),
-        ("stall", "timed out"),
-        ("drip", "not complete after 0.4 s"),
-    ],
-)
-def test_a_failed_download_is_one_line_and_leaves_nothing(
-    behaviour: str, message: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    register(monkeypatch, known_file(url=server.url))
-    monkeypatch.setattr(weights, "download", functools.partial(weights.download, timeout_s=0.3, limit_s=0.4))
-    server.behaviour = behaviour
-    for call in (load_state_dict, fetch):
-        with pytest.raises(WeightsError) as error:
-            call("toy")
-        one_line(error, "toy.pth", message, server.url, "vo weights fetch toy", "set LIGHTVO_WEIGHTS")
-    assert not cached(tmp_path).parent.exists()
-
-
-def test_no_network_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    register(monkeypatch, known_file(url="http://127.0.0.1:1/toy.pth"))
-    with pytest.raises(WeightsError) as error:
-        fetch("toy")
-    one_line(error, "toy.pth", "refused", "vo weights fetch toy")
-    register(monkeypatch, known_file(url="http://no-such-host.invalid/toy.pth"))
-    with pytest.raises(WeightsError) as error:
-        fetch("toy")
-    one_line(error, "no-such-host.invalid", "vo weights fetch toy")
-
-
-def test_fetch_replaces_a_damaged_file_in_the_cache(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    register(monkeypatch, known_file(url=server.url))
-    cached(tmp_path).parent.mkdir(parents=True)
-    cached(tmp_path).write_bytes(b"half a file")
-    assert fetch("toy").origin is Origin.DOWNLOAD
-    assert cached(tmp_path).read_bytes() == CONTENT
-
-
-def test_a_cache_that_cannot_be_written_is_one_line(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    register(monkeypatch, known_file(url=server.url))
-    (tmp_path / "cache").write_text("a file where the directory should be")
-    with pytest.raises(WeightsError) as error:
-        fetch("toy")
-    one_line(error, "toy.pth", "cannot be written", "XDG_CACHE_HOME")
-
-
-def test_downloads_at_the_same_time_do_not_disturb_each_other(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    register(monkeypatch, known_file(url=server.url))
-    with ThreadPoolExecutor(6) as pool:
-        loaded = [pool.submit(load_state_dict, "toy") for _ in range(6)]
-    assert all(future.result()[0].keys() == {"layer.weight", "layer.bias"} for future in loaded)
-    assert [path.name for path in cached(tmp_path).parent.iterdir()] == ["toy.pth"]
-
-
-def test_a_terminal_gets_a_progress_bar(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    register(monkeypatch, known_file(url=server.url))
-    fetch("toy")
-    shown = capsys.readouterr().err
-    assert "toy.pth" in shown and "━" in shown and server.url not in shown

@@ -1,12 +1,15 @@
-"""A forward motion with a turn, seen by two cameras: exact truth for the tests of geometry."""
+"""A forward motion with a turn, seen by two cameras: exact truth for the tests of geometry; and motions at random."""
 
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from vo.geometry import exp_se3, invert_pose, rotation_angle, transform
 
 FOCAL_PX = 700.0
+twists = arrays(np.float64, 6, elements=st.floats(-1.5, 1.5))
 
 
 def scene(seed: int = 0, num_points: int = 500, noise_px: float = 0.0):

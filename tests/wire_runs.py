@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import zmq
 
 from vo.client import Client, Message
 from vo.config import PublisherConfig
@@ -92,3 +93,18 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     assert set(threading.enumerate()) == threads
     assert len(os.listdir("/proc/self/fd")) == files
+
+
+@contextmanager
+def stranger_sockets() -> Iterator[Callable[[int, str], zmq.Socket[bytes]]]:
+    """Makes sockets of strangers and closes them in the end."""
+    context = zmq.Context()
+    sockets: list[zmq.Socket[bytes]] = []
+
+    def connected(kind: int, endpoint: str) -> zmq.Socket[bytes]:
+        sockets.append(context.socket(kind))
+        sockets[-1].connect(endpoint)
+        return sockets[-1]
+
+    yield connected
+    context.destroy(linger=0)

@@ -32,7 +32,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = "lightvo-mutation/1"
-TESTS = ("tests/test_geometry.py", "tests/test_relative_pose.py", "tests/test_first_pose.py")
+TESTS = (
+    "tests/test_geometry.py",
+    "tests/test_absolute_pose.py",
+    "tests/test_relative_pose.py",
+    "tests/test_first_pose.py",
+)
 FOLDERS = ("vo", "frontends", "configs", "datasets", "tests")
 FILES = ("pyproject.toml",)
 KILLED, SURVIVED, TIMED_OUT = "killed", "survived", "timed out"
