@@ -258,8 +258,8 @@ REGISTRY: tuple[WeightsEntry, ...] = (
         files=(
             KnownFile(
                 "r2d2-small.safetensors",
-                "66ff94244b497a8abb148fbb11a746d45ccd50665704c214036cd175801aa33a",
-                74_790,
+                "78ced1e07da9ee002b3ed09c4d350ab99a1a74db8dee59b11444ab2d8fe72eed",
+                74_910,
             ),
         ),
         is_ours=True,

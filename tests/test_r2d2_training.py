@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from smooth_photos import photo
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +81,9 @@ def test_a_training_goes_on_from_weights(tmp_path):
     # The loss of random weights is another; batch statistics are those of the pairs, so it is the same number.
     assert float(again.total) == pytest.approx(float(after.total), rel=1e-5) and again.total != before.total
     assert second.step == 4 and second.network is not start
+    train_r2d2.write(second.network, tmp_path / "second.safetensors", config, 4, 4, tmp_path / "first.pt")
+    with safe_open(tmp_path / "second.safetensors", "pt") as file:
+        assert file.metadata()["start"].startswith("goes on from first.pt, SHA-256 ")
     with pytest.raises(train_r2d2.TrainingError, match="give --mchan"):
         train_r2d2.train(replace(config, mchan=2), photos, start=start)
 

@@ -237,8 +237,6 @@ def judge(directory: Path, module: str, mutants: Sequence[Mutant], tests: Sequen
 def prepare(directory: Path, module: str) -> None:
     """Imports what the tests need from the copy, apart from the module itself and what is built on it."""
     sys.dont_write_bytecode = True
-    # The faults are in Python: what runs compiled would not meet them.
-    os.environ["LIGHTVO_KERNELS"] = "off"
     sys.path.insert(0, str(directory))
     os.chdir(directory)
     for name in ("numpy", "cv2", "scipy.optimize", "scipy.linalg", "scipy.spatial.transform", "hypothesis", "pytest"):

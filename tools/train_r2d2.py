@@ -13,6 +13,7 @@ every half minute, --resume goes on where a training was cut off.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import os
 import pickle
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write(training.network, options.output, config, len(photos), training.step)
+    write(training.network, options.output, config, len(photos), training.step, options.start)
     print(f"held-out loss: {before} before, {after} after {training.step} steps; {options.output}")
     if options.smoke and after.total > before.total / 2:
         print("train_r2d2: the loss is not halved", file=sys.stderr)
@@ -160,9 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(
-    network: R2d2Network, path: Path, config: TrainingConfig, num_photos: int, num_steps: int | None = None
+    network: R2d2Network,
+    path: Path,
+    config: TrainingConfig,
+    num_photos: int,
+    num_steps: int | None = None,
+    start: Path | None = None,
 ) -> None:
-    """The checkpoint of a network; its recipe goes with safetensors."""
+    """The checkpoint of a network; its recipe, and what it went on from, go with safetensors."""
     if path.suffix != ".safetensors":
         torch.save(checkpoint(network), path)
         return
@@ -175,6 +181,8 @@ def write(
         "recipe": recipe,
         "steps": str(config.steps if num_steps is None else num_steps),
     }
+    if start is not None:
+        metadata["start"] = f"goes on from {start.name}, SHA-256 {hashlib.sha256(start.read_bytes()).hexdigest()}"
     write_weights(network.state_dict(), path, metadata)
 
 
