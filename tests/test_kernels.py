@@ -194,7 +194,7 @@ def test_compiled_refinement_ends_where_that_of_numpy_ends(seed, num, noise_px):
 
 @needs_kernels
 def test_a_refinement_without_a_definite_system_is_left_to_numpy(compiled):
-    """Six copies of one match say next to nothing: least squares takes the shortest step."""
+    """Eight copies of one match say next to nothing: least squares takes the shortest step."""
     rays = np.tile([[0.1, 0.2]], (8, 1))
     matches = _MatchedRays(rays, rays)
     T = make_pose(np.eye(3), np.array([1.0, 0.0, 0.0]))
@@ -333,6 +333,24 @@ def test_without_a_compiler_nothing_old_stays(compiler, tmp_path, monkeypatch):
     problem = build_kernels.compile_kernels(library)
     assert problem is not None and compiler in problem and "\n" not in problem
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_would_be_read_beyond_an_array_is_refused():
+    """NumPy would raise an IndexError or broadcast; compiled loops would read what lies there."""
+    problem, _ = window_problem(0)
+    with pytest.raises(ValueError, match=r"point_index: expected 0\.\.39, got 0\.\.40"):
+        replace(problem, point_index=np.where(np.arange(len(problem.rays)) == 3, 40, problem.point_index))
+    with pytest.raises(ValueError, match=r"pose_index: expected 0\.\.4, got -1"):
+        replace(problem, pose_index=problem.pose_index - 1)
+    with pytest.raises(ValueError, match="expected as many of both"):
+        _MatchedRays(np.zeros((4, 2)), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"got \(4, 3\), \(3, 2\)"):
+        Landmarks(np.zeros((4, 3)), np.zeros((3, 2)), 1.0)
+
+
+def test_landmarks_of_single_precision_are_widened():
+    landmarks = Landmarks(np.ones((4, 3), np.float32), np.zeros((4, 2), np.float32), 1.0)
+    assert landmarks._points.dtype == landmarks._rays.dtype == np.float64
 
 
 def test_arrays_that_do_not_lie_in_a_row_are_refused():

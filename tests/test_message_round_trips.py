@@ -36,7 +36,6 @@ from vo.types import Camera, CameraModel, FrameTracks, PoseEstimate, Rejection, 
 
 times_ns = st.integers(-(2**62), 2**62)
 counts = st.integers(0, 2**62)
-headers = st.tuples(st.text(max_size=40), counts, counts)
 
 
 @st.composite

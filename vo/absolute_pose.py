@@ -45,8 +45,10 @@ class Landmarks:
     """
 
     def __init__(self, points_world: FloatArray, rays: FloatArray, focal_px: float) -> None:
-        self._points = np.ascontiguousarray(points_world.T)
-        self._rays = np.ascontiguousarray(rays.T)
+        if points_world.shape != (len(rays), 3) or rays.shape != (len(points_world), 2):
+            raise ValueError(f"points_world, rays: expected (N, 3), (N, 2), got {points_world.shape}, {rays.shape}")
+        self._points = np.ascontiguousarray(points_world.T, dtype=np.float64)
+        self._rays = np.ascontiguousarray(rays.T, dtype=np.float64)
         self._focal_px = focal_px
         self._jacobian = np.zeros((6, 2, len(rays)))
         self._compiled = kernels()

@@ -85,6 +85,13 @@ class WindowProblem:
                 f"pose_index, point_index: expected ({num_observations},), "
                 f"got {self.pose_index.shape}, {self.point_index.shape}"
             )
+        for name, index, count in (
+            ("pose_index", self.pose_index, len(self.T_world_camera)),
+            ("point_index", self.point_index, len(self.points)),
+        ):
+            # Compiled loops look where they are told to.
+            if num_observations and (index.min() < 0 or index.max() >= count):
+                raise ValueError(f"{name}: expected 0..{count - 1}, got {index.min()}..{index.max()}")
         if self.inverse_depths is not None and self.inverse_depths.shape != (num_observations,):
             raise ValueError(f"inverse_depths: expected ({num_observations},), got {self.inverse_depths.shape}")
 

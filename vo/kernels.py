@@ -29,8 +29,8 @@ _Byte = c_char * 1
 _log = logging.getLogger(__name__)
 
 
-class _Window(ctypes.Structure):
-    """The structure of this name in kernels.c."""
+class Window(ctypes.Structure):
+    """The structure of this name in kernels.c; `window` fills it in."""
 
     _fields_ = [
         *((name, c_int64) for name in ("num_poses", "num_fixed", "num_points", "num_observations")),
@@ -45,9 +45,9 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         address, number, real = c_void_p, c_int64, c_double
-        self._window_cost = _function(library, "window_cost", ctypes.POINTER(_Window), result=real)
-        self._window_errors = _function(library, "window_errors", ctypes.POINTER(_Window), address)
-        self._window_linearize = _function(library, "window_linearize", ctypes.POINTER(_Window), *[address] * 6)
+        self._window_cost = _function(library, "window_cost", ctypes.POINTER(Window), result=real)
+        self._window_errors = _function(library, "window_errors", ctypes.POINTER(Window), address)
+        self._window_linearize = _function(library, "window_linearize", ctypes.POINTER(Window), *[address] * 6)
         counts = [number] * 3
         self._window_reduce = _function(library, "window_reduce", *counts, *[address] * 7, real, *[address] * 3)
         self._window_points = _function(library, "window_points", *counts, *[address] * 9)
@@ -111,15 +111,15 @@ class Kernels:
 
     # --- bundle adjustment ------------------------------------------------------------------------------------------
 
-    def window_cost(self, window: _Window) -> float:
+    def window_cost(self, window: Window) -> float:
         return float(self._window_cost(ctypes.byref(window)))
 
-    def window_errors(self, window: _Window) -> FloatArray:
+    def window_errors(self, window: Window) -> FloatArray:
         errors = np.empty(int(window.num_observations))
         self._window_errors(ctypes.byref(window), _at(errors))
         return errors
 
-    def window_linearize(self, window: _Window, *sums: FloatArray) -> None:
+    def window_linearize(self, window: Window, *sums: FloatArray) -> None:
         self._window_linearize(ctypes.byref(window), *map(_at, sums))
 
     def window_reduce(
@@ -139,7 +139,7 @@ def window(
     num_fixed: int,
     refines: tuple[bool, bool],
     numbers: tuple[float, float, float, float, float],
-) -> _Window:
+) -> Window:
     """The structure of contiguous arrays, which the caller keeps alive.
 
     observations  rays, index of the pose, index of the point; refines: radial, focal; numbers: focal length px, kappa,
@@ -148,9 +148,7 @@ def window(
     rays, pose_index, point_index = observations
     depths = None if inverse_depths is None else _address(inverse_depths)
     counts = (len(poses), num_fixed, len(points), len(rays), int(refines[0]), int(refines[1]))
-    return _Window(
-        *counts, *map(_address, (poses, points, rays, pose_index, point_index)), depths, *map(float, numbers)
-    )
+    return Window(*counts, *map(_address, (poses, points, rays, pose_index, point_index)), depths, *map(float, numbers))
 
 
 def kernels() -> Kernels | None:

@@ -331,7 +331,9 @@ class _MatchedRays:
     """
 
     def __init__(self, rays0: FloatArray, rays1: FloatArray) -> None:
-        self.x0, self.x1 = (np.ascontiguousarray(homogeneous(rays).T) for rays in (rays0, rays1))
+        if rays0.shape != rays1.shape:
+            raise ValueError(f"rays0, rays1: expected as many of both, got {rays0.shape}, {rays1.shape}")
+        self.x0, self.x1 = (np.ascontiguousarray(homogeneous(rays).T, dtype=np.float64) for rays in (rays0, rays1))
         self._compiled = kernels()
         if self._compiled is None:
             self._products = (self.x0[:, None] * self.x1).reshape(9, -1)
